@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from src.comparison.survey import SurveyedRun, check_same_data, find_wandb, run_folders, survey
+from src.comparison.survey import SurveyedRun, check_autoencoder, check_same_data, find_wandb, run_folders, survey
 from src.config.cli import launch
 from src.config.output import start_output
 from src.config.resolvers import wandb_offline
@@ -17,9 +17,8 @@ from src.config.words import key_of, split_arguments
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
-from src.quoting import format_override, quoted
+from src.quoting import quoted
 from src.runs.evaluation import check_lengths, quality_settings
-from src.runs.latents import has_autoencoder
 from src.viz.tables import write_json
 
 
@@ -42,13 +41,11 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
                 "the skipped runs"
             )
         check_same_data(runs, cfg.data.root is None)
-        if cfg.autoencoder is not None and not any(has_autoencoder(run.settings) for run in runs):
-            raise ValueError(f"{format_override('autoencoder', cfg.autoencoder)} needs a run in latents; leave it out")
+        check_autoencoder(runs, cfg.autoencoder)
         if cfg.ema is None:
             cfg.ema = common_weights(runs)
-        if not isinstance(cfg.ema, bool):
-            for run in runs:
-                check_lengths(run.checkpoint, cfg.ema if isinstance(cfg.ema, ListConfig) else [cfg.ema])
+        for run in [] if isinstance(cfg.ema, bool) else runs:
+            check_lengths(run.checkpoint, cfg.ema if isinstance(cfg.ema, ListConfig) else [cfg.ema])
         if cfg.wandb:
             find_wandb(runs)
         from src.comparison.measure import build_compared_sampler, count_val, measure_all, open_surveyed

@@ -9,7 +9,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
-from src.evaluation.settings import check_num_val
+from src.evaluation.settings import QualitySettings, check_num_val
 from src.runs.checkpoints import find_checkpoint
 from src.runs.evaluation import (
     announce_samples,
@@ -24,6 +24,7 @@ from src.viz.tables import format_bits, lengths_table, markdown, write_json
 
 if TYPE_CHECKING:
     from src.distributed.processes import Processes
+    from src.evaluation.quality import SampleEvaluator
     from src.runs.open import OpenedRun
 
 OF_LATENTS = ". This is a density of scaled latents per dimension, which compares models with the same autoencoder only"
@@ -85,7 +86,6 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         num_val = min(cfg.num_val or count, count)
         if cfg.likelihood:
             check_num_val(cfg.reverse_variance, num_val, "reverse_variance")
-    from src.evaluation.quality import FEW_VAL, SampleEvaluator
     from src.evaluation.reports import evaluate_quality
 
     module = opened.module
@@ -96,15 +96,7 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Build evaluators first: they reject invalid settings and an inaccurate detector.
-        evaluator = None
-        if cfg.quality:
-            with usage_errors():
-                evaluator = SampleEvaluator(opened.data, quality, processes)
-            if processes.rank == 0 and count < FEW_VAL:
-                print(
-                    f"Only {count} validation samples: metrics depend on the split, which their intervals do not "
-                    "cover; raise data.val_fraction in training"
-                )
+        evaluator = build_evaluator(quality, opened, processes) if cfg.quality else None
         benchmark = build_alignment(alignment, opened, processes) if cfg.alignment.enabled else None
         if evaluator is None and benchmark is None and not cfg.likelihood:
             raise UsageError(
@@ -130,6 +122,20 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         for path in sorted([*folder.glob("*.png"), folder / "table.md"]):
             print(f"  {relative(path)}")
     return metrics
+
+
+def build_evaluator(settings: QualitySettings, opened: "OpenedRun", processes: "Processes") -> "SampleEvaluator":
+    """Return the evaluator of sample quality, after a printed line if there are few validation samples."""
+    from src.evaluation.quality import FEW_VAL, SampleEvaluator
+
+    with usage_errors():
+        evaluator = SampleEvaluator(opened.data, settings, processes)
+    if processes.rank == 0 and (count := len(opened.data.val_indices)) < FEW_VAL:
+        print(
+            f"Only {count} validation samples: metrics depend on the split, which their intervals do not cover; raise "
+            "data.val_fraction in training"
+        )
+    return evaluator
 
 
 def measure_likelihood(

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch.testing import assert_close
 
 from src.comparison.measure import open_surveyed
-from src.comparison.survey import survey
+from src.comparison.survey import check_autoencoder, survey
 from src.data.pixel_store import default_cache_dir
 from src.errors import UsageError
 from src.evaluate import evaluate
@@ -180,6 +180,9 @@ def test_compared_runs_in_latents_alone_take_an_autoencoder(run, vae, trained):
     runs, _ = survey([run, trained])
     latent, plain = (open_surveyed(each, cfg) for each in runs)
     assert latent.config.autoencoder.path == str(vae) and plain.data.displayed is plain.data
+    check_autoencoder(runs, str(vae))
+    with pytest.raises(ValueError, match="autoencoder="):
+        check_autoencoder(runs[1:], str(vae))
 
 
 @pytest.mark.parametrize(
