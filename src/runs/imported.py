@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 MODELS = {"UNet": "unet_ddpm", "UNetEDM2": "unet_edm2", "DiT": "dit_xl"}
 """Files in conf/model by the class of their network."""
 IMAGES = {"num_values": 256, "value_range": [0, 255], "dtype": "uint8", "file_type": ".png"}
-IMAGE_DATA = "src.data.images.ImageDataModule"
 LATENTS = {"value_range": [-1, 1], "dtype": "float32", "file_type": ".npy"}
 
 

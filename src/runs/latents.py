@@ -11,7 +11,7 @@ from src.interop.hub_models import SCHEME, local_copy
 from src.quoting import format_override
 from src.runs.autoencoder import is_autoencoder, open_autoencoder
 from src.runs.components import instantiate_node, is_typed, to_plain
-from src.runs.imported import IMAGE_DATA, IMAGES, compose_train
+from src.runs.imported import IMAGES, LATENTS, compose_train
 from src.runs.trust import check_texts
 
 if TYPE_CHECKING:
@@ -171,11 +171,12 @@ def in_images(settings: dict[str, Any], location: str, trust: bool) -> dict[str,
     """
     autoencoder, fingerprint = open_any(location, trust)
     model, override = settings["model"], format_override("autoencoder", location)
-    if settings["data"]["_target_"] == IMAGE_DATA or model["channels"] != autoencoder.latent_channels:
+    is_latent = settings["data"]["file_type"] == LATENTS["file_type"]
+    inputs = f"{model['channels']} of {'latents' if is_latent else 'pixels'}"
+    if not is_latent or model["channels"] != autoencoder.latent_channels:
         raise ValueError(
-            f"{override} has latents of {autoencoder.latent_channels} channels, and the network takes "
-            f"{model['channels']} of {'latents' if settings['data']['_target_'] != IMAGE_DATA else 'pixels'}; "
-            "choose another autoencoder, or leave it out"
+            f"{override} has latents of {autoencoder.latent_channels} channels, and the network takes {inputs}; choose "
+            "another autoencoder, or leave it out"
         )
     size = [f"data.image_size={model['image_size'] * autoencoder.factor}", f"data.channels={autoencoder.channels}"]
     data = to_plain(compose_train(["data=folder", "data.root=null", *size]).data) | IMAGES
