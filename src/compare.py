@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
-from src.comparison.survey import SurveyedRun, check_same_data, find_wandb, run_folders, survey
+from src.comparison.survey import SurveyedRun, check_autoencoder, check_same_data, find_wandb, run_folders, survey
 from src.config.cli import launch
 from src.config.output import start_output
 from src.config.resolvers import wandb_offline
@@ -41,6 +41,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
                 "the skipped runs"
             )
         check_same_data(runs, cfg.data.root is None)
+        check_autoencoder(runs, cfg.autoencoder)
         if cfg.ema is None:
             cfg.ema = common_weights(runs)
         for run in [] if isinstance(cfg.ema, bool) else runs:
@@ -79,13 +80,18 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     for name in (path.name, "comparison.md", "runs.csv", "groups.csv", "comparison.json"):
         print(f"  {folder / name}")
     if cfg.wandb:
-        from src.training.loggers import log_comparison
-
-        where = find_wandb(runs)
-        group = where.get("group") or folder.resolve().parent.name
-        log_comparison(results["runs"], where["project"], group, folder, where.get("entity"), wandb_offline())
-        print(f"Logged the table of runs to the W&B project {where['project']}, group {group}")
+        log_to_wandb(runs, results["runs"], folder)
     return results
+
+
+def log_to_wandb(runs: Sequence[SurveyedRun], table: Any, folder: Path) -> None:
+    """Log the table of runs to the W&B project of the runs."""
+    from src.training.loggers import log_comparison
+
+    where = find_wandb(runs)
+    group = where.get("group") or folder.resolve().parent.name
+    log_comparison(table, where["project"], group, folder, where.get("entity"), wandb_offline())
+    print(f"Logged the table of runs to the W&B project {where['project']}, group {group}")
 
 
 def common_weights(runs: Sequence[SurveyedRun]) -> bool:

@@ -9,16 +9,23 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
-from src.evaluation.settings import AlignmentSettings, check_num_val
+from src.evaluation.settings import QualitySettings, check_num_val
 from src.runs.checkpoints import find_checkpoint
-from src.runs.evaluation import build_analytic, build_samplers, check_lengths, evaluation_settings
-from src.viz.tables import format_bits, format_duration, lengths_table, markdown, write_json
+from src.runs.evaluation import (
+    announce_samples,
+    build_alignment,
+    build_analytic,
+    build_samplers,
+    check_lengths,
+    evaluation_settings,
+    measure_alignment,
+)
+from src.viz.tables import format_bits, lengths_table, markdown, write_json
 
 if TYPE_CHECKING:
     from src.distributed.processes import Processes
-    from src.evaluation.benchmarks import PromptBenchmark
+    from src.evaluation.quality import SampleEvaluator
     from src.runs.open import OpenedRun
-    from src.training.module import Sampler
 
 OF_LATENTS = ". This is a density of scaled latents per dimension, which compares models with the same autoencoder only"
 
@@ -79,8 +86,7 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         num_val = min(cfg.num_val or count, count)
         if cfg.likelihood:
             check_num_val(cfg.reverse_variance, num_val, "reverse_variance")
-    from src.evaluation.quality import FEW_VAL, SampleEvaluator
-    from src.evaluation.reports import evaluate_likelihood, evaluate_quality
+    from src.evaluation.reports import evaluate_quality
 
     module = opened.module
     with (
@@ -90,15 +96,7 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         module.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Build evaluators first: they reject invalid settings and an inaccurate detector.
-        evaluator = None
-        if cfg.quality:
-            with usage_errors():
-                evaluator = SampleEvaluator(opened.data, quality, processes)
-            if processes.rank == 0 and count < FEW_VAL:
-                print(
-                    f"Only {count} validation samples: metrics depend on the split, which their intervals do not "
-                    "cover; raise data.val_fraction in training"
-                )
+        evaluator = build_evaluator(quality, opened, processes) if cfg.quality else None
         benchmark = build_alignment(alignment, opened, processes) if cfg.alignment.enabled else None
         if evaluator is None and benchmark is None and not cfg.likelihood:
             raise UsageError(
@@ -107,25 +105,11 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         start_output(folder)
         start_output(folder := folder / part)
         if cfg.likelihood:
-            metrics |= evaluate_likelihood(
-                module,
-                opened.data,
-                processes,
-                folder,
-                num_val=num_val,
-                num_terms=cfg.num_terms,
-                reverse_variance=cfg.reverse_variance,
-                ode_tolerance=cfg.ode_tolerance if cfg.ode else None,
-                batch_size=cfg.batch_size,
-                seed=cfg.seed,
-            )
-            if processes.rank == 0:
-                of_latents = "" if opened.data.displayed is opened.data else OF_LATENTS
-                print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}{of_latents}")
+            metrics |= measure_likelihood(cfg, opened, processes, folder, num_val)
         if evaluator is not None:
             calls = {name: module.network_calls(sampler) for name, sampler in samplers.items()}
             what = ", ".join(f"{name} ({n} network calls)" for name, n in calls.items())
-            announce_samples(opened, cfg.n, calls, min(cfg.batch_size, cfg.n), what, processes)
+            announce_samples(module, cfg.n, calls, min(cfg.batch_size, cfg.n), what, processes)
             result = evaluate_quality(module, samplers, evaluator, folder)
             metrics |= result and {"sampling_precision": cfg.precision, "sampling_compiled": cfg.compile, **result}
         if benchmark is not None:
@@ -140,62 +124,42 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
     return metrics
 
 
-def announce_samples(
-    opened: "OpenedRun", n: int, calls: dict[str, int], size: int, what: str, processes: "Processes"
-) -> None:
-    """Print how long it takes to draw `n` samples, with these network calls each, in batches of `size`."""
-    from src.evaluation.quality import estimate_seconds
-
-    seconds = estimate_seconds(opened.module, n, sum(calls.values()), size, processes.count)
-    if processes.rank == 0:
-        print(
-            f"Drawing {n} samples by {what}: about {format_duration(seconds)} on {processes.count} x "
-            f"{processes.device.type}",
-            flush=True,
-        )
-
-
-def measure_alignment(
-    cfg: DictConfig,
-    opened: "OpenedRun",
-    samplers: "dict[str, Sampler]",
-    benchmark: "PromptBenchmark",
-    settings: AlignmentSettings,
-    processes: "Processes",
-    folder: Path,
-) -> dict[str, Any]:
-    """Measure the prompt alignment of the first sampler at each guidance scale that suits the run."""
-    from src.evaluation.alignment import possible_scales, with_scale
-    from src.evaluation.reports import evaluate_alignment
-
-    name, sampler = next(iter(samplers.items()))
-    scales = possible_scales(opened.module, sampler, settings.scales)
-    calls = {f"{scale:g}": opened.module.network_calls(with_scale(sampler, scale)) for scale in scales}
-    name, total = name.partition(" guidance ")[0], benchmark.n * len(benchmark.prompts)
-    reason = "" if scales == sorted({*settings.scales}) else " (trained with conditioning.cond_drop_prob=0)"
-    size = min(cfg.batch_size, -(-total // processes.count))
-    announce_samples(opened, total, calls, size, f"{name} at guidance {', '.join(calls)}{reason}", processes)
-    settings = settings._replace(scales=scales)
-    result = evaluate_alignment(opened.module, opened.data, sampler, benchmark, settings, processes, folder)
-    return result and {"sampler": name, **result}
-
-
-def build_alignment(
-    settings: AlignmentSettings, opened: "OpenedRun", processes: "Processes"
-) -> "PromptBenchmark | None":
-    """Return the prompt benchmark of a conditional run, or None with one printed line if there is none."""
-    if opened.data.condition is None:
-        return None
-    from src.evaluation.benchmarks import build_benchmark
+def build_evaluator(settings: QualitySettings, opened: "OpenedRun", processes: "Processes") -> "SampleEvaluator":
+    """Return the evaluator of sample quality, after a printed line if there are few validation samples."""
+    from src.evaluation.quality import FEW_VAL, SampleEvaluator
 
     with usage_errors():
-        benchmark = build_benchmark(opened.data, settings, processes)
-    if benchmark is None and processes.rank == 0:
+        evaluator = SampleEvaluator(opened.data, settings, processes)
+    if processes.rank == 0 and (count := len(opened.data.val_indices)) < FEW_VAL:
         print(
-            "Skipping alignment: it supports images with conditioning=class, and data=shapes, kanji and emoji with "
-            "conditioning=text."
+            f"Only {count} validation samples: metrics depend on the split, which their intervals do not cover; raise "
+            "data.val_fraction in training"
         )
-    return benchmark
+    return evaluator
+
+
+def measure_likelihood(
+    cfg: DictConfig, opened: "OpenedRun", processes: "Processes", folder: Path, num_val: int
+) -> dict[str, Any]:
+    """Measure and print the likelihood of the first `num_val` validation samples."""
+    from src.evaluation.reports import evaluate_likelihood
+
+    metrics = evaluate_likelihood(
+        opened.module,
+        opened.data,
+        processes,
+        folder,
+        num_val=num_val,
+        num_terms=cfg.num_terms,
+        reverse_variance=cfg.reverse_variance,
+        ode_tolerance=cfg.ode_tolerance if cfg.ode else None,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+    )
+    if processes.rank == 0:
+        of_latents = "" if opened.data.displayed is opened.data else OF_LATENTS
+        print(f"{num_val} validation samples: {format_bits(metrics, cfg.num_terms)}{of_latents}")
+    return metrics
 
 
 def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:

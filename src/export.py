@@ -1,7 +1,6 @@
 """Export a trained model for this project or for other programs: `python -m src.export run=outputs/train/...`."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,6 @@ from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
 
 if TYPE_CHECKING:
-    from src.data.module import BaseDataModule
-    from src.interop.diffusers_export import Latents
     from src.runs.open import OpenedRun
 
 FORMAT_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
@@ -32,7 +29,7 @@ def export(cfg: DictConfig) -> Path:
     """Write a trained model in the format `cfg.format` into the output folder; return its file or folder."""
     from src.runs import components
     from src.runs.autoencoder import AutoencoderError, export_autoencoder
-    from src.runs.model_card import write_model_card
+    from src.runs.model_card import usage, write_model_card
     from src.runs.open import open_run
 
     with usage_errors():
@@ -57,7 +54,7 @@ def export(cfg: DictConfig) -> Path:
     write_model_card(
         folder,
         opened,
-        usage(cfg, path, hint, "autoencoder.path" in left_out),
+        usage(path, cfg.format, cfg.hub, hint, "autoencoder.path" in left_out),
         library,
         draw=cfg.hub is not None or library is not None,
     )
@@ -82,25 +79,6 @@ def check_hub(cfg: DictConfig) -> None:
         raise ValueError(
             f"{format_override('hub', cfg.hub)} needs an empty output folder, and {folder} has files; name another one"
         )
-
-
-def usage(cfg: DictConfig, path: Path, hint: str, needs_autoencoder: bool = False) -> str:
-    """Return how to use the exported file or folder, in Markdown for its model card; `hint` is that of its writer."""
-    from src.runs.model_card import usage_in_project
-
-    if cfg.format == "safetensors":
-        return usage_in_project(path.name if cfg.hub is None else f"hf://{cfg.hub}", needs_autoencoder)
-    if cfg.format == "diffusers":
-        code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(cfg.hub or path.name))
-        packages = "torch, diffusers and tokenizers" if (path / "network.pt2").exists() else "torch and diffusers"
-        return f"Draw 16 samples; this needs {packages} only:\n```python\n{code}\n```"
-    fetch = "" if cfg.hub is None else f"hf download {cfg.hub} --local-dir model && cd model\n"
-    packages = "numpy and onnxruntime" if cfg.format == "onnx" else "torch"
-    return f"""Draw 16 samples by `{path.name}`; this needs {packages} only:
-```
-{fetch}python sample.py
-```
-`network.json` describes the inputs and the output of the network."""
 
 
 def check_packages(name: str) -> None:
@@ -170,6 +148,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
     from src.interop.diffusers_unet import TIME
     from src.runs.components import sampler_settings, to_plain
+    from src.runs.latents import fingerprint_of, vae_of
     from src.runs.open import sampler_of
 
     module, folder = opened.module, Path(cfg.run_dir)
@@ -190,7 +169,6 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         write_pipeline(start_output(folder), pipeline)
         if autoencoder is not None:
             from src.interop.autoencoders import DiffusersAutoencoder
-            from src.runs.latents import fingerprint_of
 
             autoencoder.save_pretrained(folder / "vae")
             fingerprint = fingerprint_of(DiffusersAutoencoder(autoencoder))
@@ -199,19 +177,6 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
     write_exported(folder / SIDECAR, kept, opened.averaged, config | {"sampler": to_plain(settings)})
     return folder, f"Sample from it without this project:\n\n{sampling_code(pipeline, str(folder.resolve()))}"
-
-
-def vae_of(data: "BaseDataModule") -> "tuple[Any, Latents | None]":
-    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one."""
-    from src.data.latents import LatentDataModule
-    from src.interop.autoencoders import as_diffusers
-    from src.interop.diffusers_export import Latents
-
-    if not isinstance(data, LatentDataModule):
-        return None, None
-    net = as_diffusers(data.autoencoder)
-    assert data.scale is not None and data.shift is not None
-    return net, Latents(type(net).__name__, data.autoencoder.channels, data.scale, data.shift)
 
 
 WRITERS: dict[str, Writer] = {

@@ -26,6 +26,7 @@ from src.evaluation.quality import SampleEvaluator, build_on_rank_0_first, time_
 from src.evaluation.reports import load_val, standard_error
 from src.evaluation.settings import QualitySettings
 from src.runs import components
+from src.runs.latents import has_autoencoder
 from src.runs.open import OpenedRun, open_run
 from src.runs.trust import check_targets, known_targets
 from src.training.module import Sampler
@@ -105,7 +106,9 @@ def values_below(node: str, measurements: Measurements) -> dict[str, Any]:
 
 
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:
-    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root, autoencoder=cfg.autoencoder)
+    """Return a run with the paths of this machine; `cfg.autoencoder` is for those in latents."""
+    autoencoder = cfg.autoencoder if has_autoencoder(run.settings) else None
+    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root, autoencoder=autoencoder)
 
 
 def compared_sampler_settings(run: SurveyedRun, cfg: DictConfig) -> DictConfig:

@@ -13,6 +13,7 @@ from src.errors import UsageError
 from src.quoting import format_override
 from src.runs.autoencoder import is_autoencoder
 from src.runs.checkpoints import find_checkpoint, flatten_settings, has_averages
+from src.runs.latents import has_autoencoder
 from src.training.checkpoints import read_checkpoint
 
 
@@ -117,6 +118,12 @@ def check_same_data(runs: Sequence[SurveyedRun], with_root: bool) -> None:
                     f"{other.get(name)} in {run.folder}: compare them separately"
                     + (", or set data.root=... if both places hold the same data" if name == "root" else "")
                 )
+
+
+def check_autoencoder(runs: Sequence[SurveyedRun], autoencoder: str | None) -> None:
+    """Raise ValueError if `autoencoder` names one and no run has latents."""
+    if autoencoder is not None and not any(has_autoencoder(run.settings) for run in runs):
+        raise ValueError(f"{format_override('autoencoder', autoencoder)} needs a run in latents; leave it out")
 
 
 def find_wandb(runs: Sequence[SurveyedRun]) -> dict[str, Any]:

@@ -327,6 +327,11 @@ def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
             raise UsageError(f"{without[0]}=... has no effect with task=autoencoder; leave it out")
         if "image_size" not in cfg.data:
             raise UsageError("task=autoencoder needs images, which these data are not; choose data=folder, for example")
+    of_latents = sorted(name for name in names if name.startswith("autoencoder.") and name != "autoencoder.path")
+    if of_latents and OmegaConf.select(cfg, "autoencoder.path") is None:
+        raise UsageError(
+            f"{of_latents[0]}=... has no effect without an autoencoder; leave it out, or add autoencoder=FOLDER"
+        )
     if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
     if command == "evaluate":

@@ -19,13 +19,14 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(eq=False)
 class ArraySource:
-    """Samples (N, C, *size) of an array in a file, which `open_array` maps into memory.
+    """Samples (N, C, *size) of an array in the file `path`, which `open_array` maps into memory.
 
     `rows` (N,) selects rows of the array; None uses all. `ImageSource` and `ArrayDataModule` explain `value_range`,
     `dtype`, `suffix`, `header`, `summary` and `unreadable`.
     """
 
     open_array: Callable[[], Array]
+    path: Path
     rows: Array | None
     labels: Labels | None
     ids: Sequence[str] | None
@@ -52,6 +53,11 @@ class ArraySource:
     def stamps(self) -> Sequence[int] | None:
         """Return the sizes of the files; None for one file, since hashing all samples takes too long."""
         return self.sizes
+
+    def identity(self) -> str:
+        """Return a text that changes whenever the contents of the file may have changed."""
+        status = self.path.stat()
+        return f"{self.path.resolve()} {status.st_size} {status.st_mtime_ns}"
 
     def fetch(self, indices: Sequence[int]) -> Tensor:
         """Return samples (N, C, *size), uint8 for 8 bits and booleans, else float32."""

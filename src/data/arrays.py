@@ -135,7 +135,8 @@ class Arrays:
         text += describe_array(array, limits) + _guessed_channels(array)
         if self.labels is None and (unused := labels_beside(path)):
             text += f"; not used: {first_names(unused)} (add {format_override('data.source.labels', unused[0])})"
-        return ArraySource(open_array, None, labels, None, None, None, limits, ".npy", {"one_file": True}, text, {})
+        header = {"one_file": True}
+        return ArraySource(open_array, path, None, labels, None, None, None, limits, ".npy", header, text, {})
 
     def _open_many(
         self,
@@ -162,7 +163,8 @@ class Arrays:
         text = describe(found, classes, KINDS[len(size)])
         kept = found.keep(keep, "unreadable")
         labels = None if classes is None else labels_from_names(classes[k] for k in np.flatnonzero(keep))
-        open_array = partial(np.load, folder / "samples.npy", mmap_mode="r")
+        path = folder / "samples.npy"
+        open_array = partial(np.load, path, mmap_mode="r")
         array = open_array()
         low, high = about["low"], about["high"]
         if suffix in AUDIO_SUFFIXES and array.dtype.kind == "i":  # so that silence maps to 0
@@ -176,7 +178,7 @@ class Arrays:
         reasons = {str(found.path(k)): reason for k, reason in errors.items()}
         sizes: list[int] = kept.sizes.tolist()
         return ArraySource(
-            open_array, np.flatnonzero(keep), labels, kept.ids(), kept.val_mask, sizes, limits, suffix,
+            open_array, path, np.flatnonzero(keep), labels, kept.ids(), kept.val_mask, sizes, limits, suffix,
             about["header"], text, reasons,
         )  # fmt: skip
 

@@ -1,10 +1,7 @@
 """Latents of images by a frozen autoencoder, encoded once into a cache on disk, as data of a diffusion model."""
 
 import json
-import logging
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,19 +10,14 @@ import torch
 from torch import Tensor
 
 from src.cache import digest
-from src.data.batches import BatchDataset, BatchLoader
-from src.data.decode import Array
 from src.data.images import ImageDataModule
+from src.data.latent_source import CachedLatents, LatentSource, write_latents
 from src.data.module import BaseDataModule
 from src.data.pixel_store import default_cache_dir, fill_cache
-from src.data.samplers import BatchIndices
-from src.data.sources import Covariates, Labels, Source
+from src.data.sources import Source
 from src.data.split import hash_ids, sample_ids
-from src.errors import DataReadError, memory_errors
+from src.errors import memory_errors
 from src.quoting import format_override
-from src.rng import key
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 """Changes whenever the same images and the same autoencoder give other latents."""
@@ -35,7 +27,7 @@ MAX_MEASURED = 10_000
 """Training images on which scale and shift are measured."""
 OTHER_SETTINGS = (
     *("batch_size", "microbatch_size", "num_workers", "seed", "split_seed", "val_fraction", "skip_unreadable"),
-    *("balance_classes", "coupling", "repeats", "cache", "cache_dir", "flip", "value_range", "dtype", "file_type"),
+    *("balance_classes", "coupling", "repeats", "cache", "cache_dir", "flip", "dtype", "file_type"),
 )
 """Settings of the data that do not change the latents of an image, or that the key of the cache has in another form."""
 
@@ -60,71 +52,6 @@ class Autoencoder(Protocol):
         ...
 
     def to(self, device: torch.device) -> Self: ...
-
-
-ReadLatents = Callable[[Sequence[int], Sequence[int]], Tensor]
-"""Indices of samples, and for each 1 if it is mirrored or 0 -> mean and standard deviation (B, 2, C, h, w) of its
-latents, or the mean alone (B, 1, C, h, w)."""
-
-
-@dataclass(eq=False)
-class LatentSource:
-    """Latents (N, C, h, w) float32 of the images of a source, with its labels, covariates, captions and ids.
-
-    `fetch` draws from the posterior of each image, always the same latents. `fetch_training` draws new ones for each
-    key, and mirrors half of the images if `flips` is true.
-    """
-
-    read: ReadLatents
-    flips: bool
-    num_samples: int
-    labels: Labels | None
-    covariates: Covariates | None
-    captions: Sequence[Sequence[str]] | None
-    ids: Sequence[str] | None
-    sample_stamps: Sequence[int] | None
-    summary: str
-    unreadable: Mapping[str, str]
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def stamps(self) -> Sequence[int] | None:
-        return self.sample_stamps
-
-    def fetch(self, indices: Sequence[int]) -> Tensor:
-        return self._draw(indices, [key("latent", int(i)) for i in indices], [0] * len(indices))
-
-    def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
-        return self._draw(indices, keys, [k % 2 if self.flips else 0 for k in keys])
-
-    def _draw(self, indices: Sequence[int], keys: Sequence[int], mirrored: Sequence[int]) -> Tensor:
-        mean, *std = self.read(indices, mirrored).float().unbind(1)
-        if not std:
-            return mean
-        generator = torch.Generator()
-        eps = torch.stack([torch.randn(mean.shape[1:], generator=generator.manual_seed(k)) for k in keys])
-        return mean + std[0] * eps
-
-
-class CachedLatents:
-    """The latents in a file (N, orientations, 1 or 2, C, h, w), mapped into memory; a `ReadLatents`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.array: Array = np.load(path, mmap_mode="r")
-
-    def __call__(self, indices: Sequence[int], mirrored: Sequence[int]) -> Tensor:
-        return torch.from_numpy(self.array[np.asarray(indices, np.int64), np.asarray(mirrored, np.int64)])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return CachedLatents, (self.path,)  # each process maps the file again instead of copying the array
-
-    @classmethod
-    def find(cls, folder: Path) -> "CachedLatents | None":
-        """Return the latents in a folder of the cache; None if it does not exist."""
-        path = folder / "latents.npy"
-        return cls(path) if path.is_file() else None
 
 
 class LatentDataModule(BaseDataModule):
@@ -294,46 +221,18 @@ class LatentDataModule(BaseDataModule):
     def _folder(self) -> Path:
         """Return the folder of the cache, whose name changes with the autoencoder, the images and their settings."""
         source = self._images_source()
-        stamps, found = source.stamps(), getattr(source, "found", None)
+        stamps, identity = source.stamps(), getattr(getattr(source, "found", source), "identity", None)
         settings = {name: value for name, value in self.settings.items() if name not in OTHER_SETTINGS}
-        if stamps is not None:  # so a folder may move
+        if stamps is not None:  # which identify the images in any folder
             settings.pop("root", None)
         settings |= self.images.inferred
         text = json.dumps([settings, self.dtype, self.images.flip], sort_keys=True, default=str)
-        contents = None if stamps is None else torch.tensor(stamps), None if found is None else found.identity()
+        contents = None if stamps is None else torch.tensor(stamps), None if identity is None else identity()
         ids = torch.from_numpy(hash_ids(sample_ids(source), 0).view(np.int64))
         return self.cache_dir / digest(VERSION, self.fingerprint, text, ids, *contents)
 
     def _encode_all(self, folder: Path) -> None:
-        """Encode all images into `folder`, after a line with the size of the file."""
-        from tqdm import tqdm
-
-        source, size = self._images_source(), self.num_at_once
-        first = self._encode(source.fetch([0]))
-        kinds = 2 if first[:, :, 1].any() else 1  # a deterministic encoder has no standard deviation
-        shape = (len(source), first.shape[1], kinds, *first.shape[3:])
-        needed, free = int(np.prod(shape)) * np.dtype(self.dtype).itemsize, shutil.disk_usage(folder).free
-        log.info(f"Encoding {len(source):,} images once ({needed / 1e6:,.1f} MB in {self.cache_dir})")
-        if needed > free:
-            raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
-        out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.dtype(self.dtype), shape)
-        starts = range(0, len(source), size)
-        batches = [BatchIndices(k, len(source), [*range(k, min(k + size, len(source)))]) for k in starts]
-        loader = BatchLoader(
-            BatchDataset(source),
-            sampler=batches,
-            batch_size=None,
-            num_workers=self.num_workers,
-            generator=torch.Generator(),  # The default one draws the initial weights, whether or not there is a cache.
-        )
-        with tqdm(total=len(source), desc="Encoding", unit="image", disable=None) as bar:
-            for batch in loader:
-                if "failure" in batch:
-                    raise DataReadError(batch["failure"])
-                rows = slice(batch["start"], batch["start"] + len(batch["x"]))
-                out[rows] = self._encode(batch["x"])[:, :, :kinds].numpy()
-                bar.update(len(batch["x"]))
-        out.flush()
+        write_latents(folder, self._images_source(), self._encode, self.dtype, self.num_at_once, self.num_workers)
 
     def _encode_some(self, indices: Sequence[int], mirrored: Sequence[int]) -> Tensor:
         parts = torch.split(self._images_source().fetch(indices), self.num_at_once)
@@ -351,10 +250,9 @@ class LatentDataModule(BaseDataModule):
         return torch.stack(latents, dim=1)
 
     def _explain_memory(self) -> str:
-        return (
-            f"autoencoder.batch_size={self.num_at_once} images at once need more memory; type "
-            f"autoencoder.batch_size={max(1, self.num_at_once // 4)}"
-        )
+        setting = "autoencoder.batch_size" if self.is_cached else "batch_size"  # of a trained run
+        fix = f"{setting}={max(1, self.num_at_once // 4)}"
+        return f"autoencoder.batch_size={self.num_at_once} images at once need more memory; type {fix}"
 
 
 AT_RANDOM = "changes images at random in training, and their latents are encoded once"
@@ -398,7 +296,10 @@ def latent_shape(autoencoder: Autoencoder, shape: Sequence[int]) -> tuple[int, .
 
 def per_channel(name: str, value: float | Sequence[float], channels: int) -> list[float]:
     """Return a setting as one number per channel. Raises ValueError for another number of values, or a scale <= 0."""
-    values = [float(value)] * channels if isinstance(value, int | float) else [float(x) for x in value]
+    try:
+        values = [float(value)] * channels if isinstance(value, int | float) else [float(x) for x in value]
+    except (TypeError, ValueError):
+        values = []
     if len(values) != channels or (name == "scale" and min(values) <= 0):
         rule = " of more than 0" if name == "scale" else ""
         raise ValueError(

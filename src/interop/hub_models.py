@@ -28,9 +28,8 @@ def local_copy(location: str, setting: str, patterns: tuple[str, ...] = PATTERNS
     """Return the folder of the model `user/name`, `hf://user/name` or `hf://user/name@revision` of the Hub.
 
     It is in the cache of the Hub's library, and holds an exported model of this project or a model of diffusers, of
-    which only files that match `patterns` are downloaded.
-    `setting` is the name of `location` in messages. Raises ValueError if the Hub has no such model, does not permit the
-    download, or cannot be reached.
+    which only files that match `patterns` are downloaded. `setting` is the name of `location` in messages. Raises
+    ValueError if the Hub has no such model, does not permit the download, or cannot be reached.
     """
     override = format_override(setting, location)
     _import_library(override)
@@ -50,7 +49,9 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
     """Return the folder of a repository; once per process, so that all readers get the same revision."""
     download = _import_library(repo).snapshot_download
     folder = Path(download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*.fp16.*", "*ema*"]))
-    places = ("", "unet/", "transformer/", "vae/")
+    if (folder / SIDECAR).is_file():  # a pipeline of this project, which may have an autoencoder of its own
+        download(repo, revision=revision, allow_patterns=["vae/*.json", "vae/*.safetensors"])
+    places = [x for x in ("", "unet/", "transformer/", "vae/") if any(each.startswith(x) for each in patterns)]
     if not any(any(folder.glob(f"{place}*.safetensors")) for place in places):
         download(repo, revision=revision, allow_patterns=[f"{place}diffusion_pytorch_model.bin" for place in places])
     return folder

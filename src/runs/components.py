@@ -51,7 +51,6 @@ def build_module(
     import torch
 
     from src.models.mlp import MLP
-    from src.training.finetuning import add_adapters, freeze
     from src.training.learned_schedule import module_class
 
     if len(shape) > 1 and get_class(cfg.model._target_) is MLP:
@@ -59,26 +58,12 @@ def build_module(
     trains = "optimizer" in cfg
     schedule = build_schedule(cfg.schedule, cfg.snr_shift, cfg.zero_terminal_snr)
     diffusion = instantiate_node(cfg.diffusion, {"decoder_scale": schedule.decoder_scale, "num_values": num_values})
-    arguments = {"outputs": diffusion.outputs, **_network_condition(cfg)}
-    if augment_labels:
-        if "augment_labels" not in inspect.signature(get_class(cfg.model._target_)).parameters:
-            raise ValueError(
-                f"data.edm_augment={cfg.data.get('edm_augment')} needs a network with the argument augment_labels, and "
-                f"{cfg.model._target_} has none; choose model=unet_*, or set data.edm_augment=0"
-            )
-        arguments["augment_labels"] = augment_labels
     coupling: Coupling = cfg.data.get("coupling") or "independent"
     if coupling == "ot" and augment_labels:
         raise ValueError(
             "data.coupling=ot needs data.edm_augment=0: the noise would depend on the labels of the augmentation"
         )
-    with warnings.catch_warnings():
-        if not is_typed("model.attention_resolutions"):  # a default for larger images
-            warnings.filterwarnings("ignore", message=r"model\.attention_resolutions")
-        net = instantiate_node(cfg.model, arguments)
-    if cfg.get("lora"):
-        add_adapters(net, **to_plain(cfg.lora))
-    freeze(net, cfg.get("freeze") or [])
+    net = build_network(cfg, diffusion.outputs, augment_labels)
     spec = _condition_spec(cfg, condition)
     make_module: Callable[..., DiffusionModule] = module_class(schedule)
     if trains and cfg.get("repa"):
@@ -105,6 +90,31 @@ def build_module(
     if len(shape) == 3:
         net.to(memory_format=torch.channels_last)
     return module
+
+
+def build_network(cfg: DictConfig, outputs: int, augment_labels: int) -> "torch.nn.Module":
+    """Return the network of a configuration, with its adapters, without gradients of the weights in `freeze`.
+
+    `outputs` is the number of outputs per channel. Raises ValueError for a network without augmentation labels.
+    """
+    from src.training.finetuning import add_adapters, freeze
+
+    arguments = {"outputs": outputs, **_network_condition(cfg)}
+    if augment_labels:
+        if "augment_labels" not in inspect.signature(get_class(cfg.model._target_)).parameters:
+            raise ValueError(
+                f"data.edm_augment={cfg.data.get('edm_augment')} needs a network with the argument augment_labels, and "
+                f"{cfg.model._target_} has none; choose model=unet_*, or set data.edm_augment=0"
+            )
+        arguments["augment_labels"] = augment_labels
+    with warnings.catch_warnings():
+        if not is_typed("model.attention_resolutions"):  # a default for larger images
+            warnings.filterwarnings("ignore", message=r"model\.attention_resolutions")
+        net: torch.nn.Module = instantiate_node(cfg.model, arguments)
+    if cfg.get("lora"):
+        add_adapters(net, **to_plain(cfg.lora))
+    freeze(net, cfg.get("freeze") or [])
+    return net
 
 
 def aligned(make_module: "Callable[..., DiffusionModule]", cfg: DictConfig) -> "Callable[..., DiffusionModule]":

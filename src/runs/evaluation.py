@@ -1,24 +1,29 @@
-"""Build the parts of an evaluation from its configuration. Checks of settings do not import torch."""
+"""Build and measure the parts of an evaluation from its configuration. Checks of settings do not import torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from tqdm import tqdm
 
 from src.config.arguments import check_arguments
 from src.config.rules import check_values
 from src.config.search_path import config_groups, load_option
+from src.errors import usage_errors
 from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
 from src.quoting import format_override
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint
 from src.runs.open import OpenedRun, sampler_of
+from src.viz.tables import format_duration
 
 if TYPE_CHECKING:
     from src.data.analytic import GaussianMixture
     from src.diffusion.noise import Schedule
-    from src.training.module import Sampler
+    from src.distributed.processes import Processes
+    from src.evaluation.benchmarks import PromptBenchmark
+    from src.training.module import DiffusionModule, Sampler
 
 
 def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSettings]:
@@ -131,3 +136,58 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
             samplers[label] = sampler if spacing is None else sampler._replace(spacing=spacing)
     grid = "each sampler's own spacing" if spacings == [None] else f"spacing {', '.join(spacings)}"
     return components.instantiate_node(cfg.analytic), schedule, samplers, grid
+
+
+def announce_samples(
+    module: "DiffusionModule", n: int, calls: dict[str, int], size: int, what: str, processes: "Processes"
+) -> None:
+    """Print how long it takes to draw `n` samples, with these network calls each, in batches of `size`."""
+    from src.evaluation.quality import estimate_seconds
+
+    seconds = estimate_seconds(module, n, sum(calls.values()), size, processes.count)
+    if processes.rank == 0:
+        tqdm.write(
+            f"Drawing {n} samples by {what}: about {format_duration(seconds)} on {processes.count} x "
+            f"{processes.device.type}"
+        )
+
+
+def measure_alignment(
+    cfg: DictConfig,
+    opened: OpenedRun,
+    samplers: "dict[str, Sampler]",
+    benchmark: "PromptBenchmark",
+    settings: AlignmentSettings,
+    processes: "Processes",
+    folder: Path,
+) -> dict[str, Any]:
+    """Measure the prompt alignment of the first sampler at each guidance scale that suits the run."""
+    from src.evaluation.alignment import possible_scales, with_scale
+    from src.evaluation.reports import evaluate_alignment
+
+    name, sampler = next(iter(samplers.items()))
+    scales = possible_scales(opened.module, sampler, settings.scales)
+    calls = {f"{scale:g}": opened.module.network_calls(with_scale(sampler, scale)) for scale in scales}
+    name, total = name.partition(" guidance ")[0], benchmark.n * len(benchmark.prompts)
+    reason = "" if scales == sorted({*settings.scales}) else " (trained with conditioning.cond_drop_prob=0)"
+    size = min(cfg.batch_size, -(-total // processes.count))
+    announce_samples(opened.module, total, calls, size, f"{name} at guidance {', '.join(calls)}{reason}", processes)
+    settings = settings._replace(scales=scales)
+    result = evaluate_alignment(opened.module, opened.data, sampler, benchmark, settings, processes, folder)
+    return result and {"sampler": name, **result}
+
+
+def build_alignment(settings: AlignmentSettings, opened: OpenedRun, processes: "Processes") -> "PromptBenchmark | None":
+    """Return the prompt benchmark of a conditional run, or None with one printed line if there is none."""
+    if opened.data.condition is None:
+        return None
+    from src.evaluation.benchmarks import build_benchmark
+
+    with usage_errors():
+        benchmark = build_benchmark(opened.data, settings, processes)
+    if benchmark is None and processes.rank == 0:
+        tqdm.write(
+            "Skipping alignment: it supports images with conditioning=class, and data=shapes, kanji and emoji with "
+            "conditioning=text."
+        )
+    return benchmark

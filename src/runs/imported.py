@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.search_path import CONF
 from src.interop.hub_models import SIDECAR
-from src.quoting import format_override
 from src.runs.components import to_plain
 from src.training.checkpoints import OPENED_KEYS, read_checkpoint
 
@@ -128,7 +127,7 @@ def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
         names = [str(k) for k in range(imported.num_classes)]
         dropped = 0.1 if imported.has_null_class else 0.0
         changes["conditioning"] = {"encode": {"names": names}, "cond_drop_prob": dropped}
-    cfg = _compose(overrides)
+    cfg = compose_train(overrides)
     OmegaConf.set_struct(cfg, False)
     cfg.schedule = imported.schedule
     merged = OmegaConf.merge(cfg, changes)
@@ -137,28 +136,8 @@ def compose_settings(imported: "ImportedModel") -> dict[str, Any]:
     return {name: plain[name] for name in OPENED_KEYS if name in plain}
 
 
-def in_images(settings: dict[str, Any], location: str, trust: bool) -> dict[str, Any]:
-    """Return the settings of an imported network of latents for images, which the autoencoder at `location` decodes.
-
-    Raises ValueError if the network is not for its latents.
-    """
-    from src.runs.latents import open_any
-
-    autoencoder, fingerprint = open_any(location, trust)
-    model, override = settings["model"], format_override("autoencoder", location)
-    if model["channels"] != autoencoder.latent_channels:
-        raise ValueError(
-            f"{override} has latents of {autoencoder.latent_channels} channels, and the network takes "
-            f"{model['channels']}; choose another autoencoder, or leave it out"
-        )
-    size = [f"data.image_size={model['image_size'] * autoencoder.factor}", f"data.channels={autoencoder.channels}"]
-    data = to_plain(_compose(["data=folder", "data.root=null", *size]).data) | IMAGES
-    scale, shift = (getattr(autoencoder, name, default) for name, default in (("scale", 1.0), ("shift", 0.0)))
-    node = {"path": location, "fingerprint": fingerprint, "scale": scale, "shift": shift}
-    return settings | {"data": data, "autoencoder": settings["autoencoder"] | node}
-
-
-def _compose(overrides: list[str]) -> DictConfig:
+def compose_train(overrides: list[str]) -> DictConfig:
+    """Return the configuration of src.train with these overrides, inside and outside of a command."""
     if GlobalHydra.instance().is_initialized():
         return hydra.compose("train", overrides)
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -11,10 +11,13 @@ from src.interop.hub_models import SCHEME, local_copy
 from src.quoting import format_override
 from src.runs.autoencoder import is_autoencoder, open_autoencoder
 from src.runs.components import instantiate_node, is_typed, to_plain
+from src.runs.imported import IMAGES, LATENTS, compose_train
+from src.runs.trust import check_texts
 
 if TYPE_CHECKING:
     from src.data.latents import Autoencoder
     from src.data.module import BaseDataModule
+    from src.interop.diffusers_export import Latents
 
 
 SETTINGS = ("path", "scale", "shift", "dtype", "batch_size", "cache_dir", "fingerprint")
@@ -23,10 +26,10 @@ INFERRED = ("scale", "shift", "fingerprint")
 """Settings of the node `autoencoder` that a run stores and keeps."""
 
 
-def has_autoencoder(cfg: DictConfig) -> bool:
-    """Return whether a run trains in latents."""
-    node = cfg.get("autoencoder")
-    return bool(node) and (node.path is not None or node.fingerprint is not None)
+def has_autoencoder(settings: Mapping[Any, Any]) -> bool:
+    """Return whether the configuration of a run trains in latents."""
+    node = settings.get("autoencoder") or {"path": None, "fingerprint": None}
+    return node["path"] is not None or node["fingerprint"] is not None
 
 
 def build_data(cfg: DictConfig, is_cached: bool = True, trust: bool = False) -> "BaseDataModule":
@@ -134,7 +137,9 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
         raise ValueError(f"{override} needs a network of images; choose model=unet_* or dit_*, or leave it out")
     if checkpoint is not None:
         before = checkpoint["hyper_parameters"].get("autoencoder") or {}
-        node.update({name: before.get(name) for name in INFERRED if node[name] is None})
+        inferred = {name: before.get(name) for name in INFERRED if node[name] is None}
+        check_texts({"autoencoder": inferred}, "the run that is resumed")
+        node.update(inferred)
     autoencoder, node.fingerprint = open_recorded(node, bool(cfg.get("trust")))
     for name in ("scale", "shift"):
         if node[name] is None:
@@ -157,3 +162,37 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     side, latent_side = ((h * w) ** 0.5 for h, w in ((height, width), latent[1:]))
     if cfg.snr_shift == 64 / side and not is_typed("snr_shift"):
         cfg.snr_shift = min(1.0, 64 / latent_side)
+
+
+def in_images(settings: dict[str, Any], location: str, trust: bool) -> dict[str, Any]:
+    """Return the settings of an imported network of latents for images, which the autoencoder at `location` decodes.
+
+    Raises ValueError if the network is not for its latents.
+    """
+    autoencoder, fingerprint = open_any(location, trust)
+    model, override = settings["model"], format_override("autoencoder", location)
+    is_latent = settings["data"]["file_type"] == LATENTS["file_type"]
+    inputs = f"{model['channels']} of {'latents' if is_latent else 'pixels'}"
+    if not is_latent or model["channels"] != autoencoder.latent_channels:
+        raise ValueError(
+            f"{override} has latents of {autoencoder.latent_channels} channels, and the network takes {inputs}; choose "
+            "another autoencoder, or leave it out"
+        )
+    size = [f"data.image_size={model['image_size'] * autoencoder.factor}", f"data.channels={autoencoder.channels}"]
+    data = to_plain(compose_train(["data=folder", "data.root=null", *size]).data) | IMAGES
+    scale, shift = (getattr(autoencoder, name, default) for name, default in (("scale", 1.0), ("shift", 0.0)))
+    node = {"path": location, "fingerprint": fingerprint, "scale": scale, "shift": shift}
+    return settings | {"data": data, "autoencoder": settings["autoencoder"] | node}
+
+
+def vae_of(data: "BaseDataModule") -> "tuple[Any, Latents | None]":
+    """Return the autoencoder of latents, as diffusers has it, and what a pipeline needs to decode; None without one."""
+    from src.data.latents import LatentDataModule
+    from src.interop.autoencoders import as_diffusers
+    from src.interop.diffusers_export import Latents
+
+    if not isinstance(data, LatentDataModule):
+        return None, None
+    net = as_diffusers(data.autoencoder)
+    assert data.scale is not None and data.shift is not None
+    return net, Latents(type(net).__name__, data.autoencoder.channels, data.scale, data.shift)

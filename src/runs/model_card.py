@@ -1,5 +1,6 @@
 """Write the model card of an exported model: README.md, which the Hugging Face Hub shows and searches."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,23 @@ from src.runs.open import open_run
 opened = open_run("{location}"{argument})
 *_, samples = opened.module.sample(range(16), seed=0)
 ```"""
+
+
+def usage(path: Path, format_name: str, hub: str | None, hint: str, needs_autoencoder: bool = False) -> str:
+    """Return how to use an exported file or folder as Markdown for the card; `hint` is that of its writer."""
+    if format_name == "safetensors":
+        return usage_in_project(path.name if hub is None else f"hf://{hub}", needs_autoencoder)
+    if format_name == "diffusers":
+        code = hint.partition("\n\n")[2].replace(json.dumps(str(path.resolve())), json.dumps(hub or path.name))
+        packages = "torch, diffusers and tokenizers" if (path / "network.pt2").exists() else "torch and diffusers"
+        return f"Draw 16 samples; this needs {packages} only:\n```python\n{code}\n```"
+    fetch = "" if hub is None else f"hf download {hub} --local-dir model && cd model\n"
+    packages = "numpy and onnxruntime" if format_name == "onnx" else "torch"
+    return f"""Draw 16 samples by `{path.name}`; this needs {packages} only:
+```
+{fetch}python sample.py
+```
+`network.json` describes the inputs and the output of the network."""
 
 
 def write_model_card(

@@ -12,8 +12,8 @@ from src.quoting import command, format_override
 from src.runs.autoencoder import AutoencoderError, is_autoencoder
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
 from src.runs.components import build_condition, build_module, build_sampler
-from src.runs.imported import in_images, read_model
-from src.runs.latents import INFERRED, build_data
+from src.runs.imported import read_model
+from src.runs.latents import INFERRED, build_data, in_images
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
@@ -84,16 +84,7 @@ def open_run(
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
-        if not isinstance(ema, bool | float | int | None):
-            raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
-        if not isinstance(ema, bool | None):
-            from src.training.power_ema import with_average
-
-            checkpoint = with_average(checkpoint, path, ema)
-        averaged = has_averages(checkpoint) if ema is None else ema is not False
-        weights = weights_of(checkpoint, averaged, path)
-        check_fit(weights, module, path)
-        module.load_state_dict(weights)
+        averaged = load_trained(module, checkpoint, path, ema)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # a file with objects of wrong types
         raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
     import torch
@@ -104,6 +95,21 @@ def open_run(
     if ema is None and not averaged:
         warnings.warn(f"{path} has no averaged weights; using the raw ones, as ema=false does", stacklevel=2)
     return OpenedRun(config, path, module.eval(), data, averaged)
+
+
+def load_trained(module: "DiffusionModule", checkpoint: dict[str, Any], path: Path, ema: bool | float | None) -> bool:
+    """Load the weights of a checkpoint that `ema` of `open_run` names, and return whether they are averages."""
+    if not isinstance(ema, bool | float | int | None):
+        raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
+    if not isinstance(ema, bool | None):
+        from src.training.power_ema import with_average
+
+        checkpoint = with_average(checkpoint, path, ema)
+    averaged = has_averages(checkpoint) if ema is None else ema is not False
+    weights = weights_of(checkpoint, averaged, path)
+    check_fit(weights, module, path)
+    module.load_state_dict(weights)
+    return averaged
 
 
 def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:

@@ -107,17 +107,17 @@ def relocate(
     """Return a copy of a trained run's configuration with the paths of this machine.
 
     `data_root` replaces the folder or file of the data, `encoder` the pretrained text encoder, and `autoencoder` that
-    of a run in latents; None keeps them. The
-    cache folders recorded in `checkpoint` are ignored: the file is untrusted and could name any folder. Raises
-    ValueError if the run has no such path.
+    of a run in latents; None keeps them, except that an exported pipeline has an autoencoder of its own. The cache
+    folders recorded in `checkpoint` are ignored: the file is untrusted and could name any folder. Raises ValueError if
+    the run has no such path.
     """
     config = copy.deepcopy(config)
     if "cache_dir" in config.data:
         config.data.cache_dir = None
     if has_autoencoder(config):
-        own = checkpoint / "vae"  # of an exported pipeline
-        place = autoencoder or config.autoencoder.path or (str(own) if own.is_dir() else None)
-        config.autoencoder.update({"cache_dir": None, "path": place})
+        own = checkpoint / "vae"
+        place = str(own) if own.is_dir() else config.autoencoder.path
+        config.autoencoder.update({"cache_dir": None, "path": autoencoder or place})
     elif autoencoder is not None:
         raise ValueError(
             f"{format_override('autoencoder', autoencoder)} needs a run in latents, and {checkpoint} was trained on "

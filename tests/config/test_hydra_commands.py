@@ -188,6 +188,7 @@ REFUSED = {
     "train ~snr_shift": "~snr_shift",
     "train validate_every=5 trainer.val_check_interval=3": "trainer.val_check_interval=null",
     "evaluate analytic=mixture n=3": "n=",
+    "train autoencoder.scale=2": "add autoencoder=FOLDER",
     "evaluate run=x analytic_steps=[5]": "add analytic=mixture",
     "train data=folder": "data.root=...",
     "schedules data=points": "data=points",

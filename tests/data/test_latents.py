@@ -1,13 +1,18 @@
 """Latents as data: the cache, draws from the posterior, scaling, decoding and refused settings."""
 
+import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from src.data.arrays import ArrayDataModule, Arrays
 from src.data.images import ImageDataModule, digits
-from src.data.latents import CachedLatents, LatentDataModule
+from src.data.latent_source import CachedLatents
+from src.data.latents import LatentDataModule
+from src.errors import UsageError
 from src.models.autoencoder import KLAutoencoder
 
 
@@ -38,8 +43,9 @@ def few_digits(*args, **kwargs):
     return source
 
 
-def latents(folder, net=None, settings=None, fingerprint="a", flip=False, **arguments):
-    images = ImageDataModule(few_digits, None, 1, 8, num_values=17, batch_size=4, val_fraction=0.2, flip=flip)
+def latents(folder, net=None, settings=None, fingerprint="a", flip=False, images=None, **arguments):
+    base = {"num_values": 17, "batch_size": 4, "val_fraction": 0.2, "flip": flip}
+    images = ImageDataModule(few_digits, None, 1, 8, **base, **images or {})
     net = net or autoencoder()
     return LatentDataModule(
         images, net, fingerprint, settings or {}, cache_dir=str(folder), device=torch.device("cpu"), **arguments
@@ -115,6 +121,35 @@ def test_cache_is_encoded_once_per_autoencoder(tmp_path):
     assert net.encoded == 3 * 41
 
 
+def test_value_range_changes_the_latents(tmp_path):
+    net = autoencoder()
+    for settings in ({}, {"value_range": [0, 20]}):
+        data = latents(tmp_path, net, settings, images=settings)
+        data.prepare_data()
+        data.setup()
+        assert_close(data.source.read([3], [0])[:, 0], posterior(data, [3])[0], rtol=0, atol=1e-6)
+
+
+def test_changed_array_is_encoded_again(tmp_path):
+    path, net = tmp_path / "x.npy", autoencoder()
+    for k in range(2):
+        np.save(path, np.random.default_rng(k).random((40, 1, 8, 8), np.float32))
+        os.utime(path, (k, k))
+        images = ArrayDataModule(Arrays(), str(path), 1, 8, value_range=[0, 1])
+        data = LatentDataModule(images, net, "a", {"root": str(path)}, cache_dir=str(tmp_path / "cache"))
+        data.prepare_data()
+        data.setup()
+        assert_close(data.source.read([3], [0])[:, 0], posterior(data, [3])[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [0, 60, 1000])
+def test_incomplete_cache_is_encoded_again(tmp_path, length):
+    expected = prepared(tmp_path).source.fetch([5])
+    (file,) = tmp_path.glob("*/latents.npy")
+    file.write_bytes(file.read_bytes()[:length])
+    assert torch.equal(prepared(tmp_path).source.fetch([5]), expected)
+
+
 def test_without_a_cache_only_fetched_images_are_encoded(tmp_path):
     expected = prepared(tmp_path / "cached").source.fetch([2, 30])
     net = autoencoder()
@@ -140,6 +175,19 @@ def test_samples_are_decoded_in_parts(tmp_path):
     assert shown.shape == (8, 1, 8, 8) and shown.dtype == torch.uint8
     assert (shown.int() - expected.int()).abs().max() <= 16  # one of 17 values
     assert torch.equal(data.displayed_examples(3), data.images.displayed_examples(3))
+
+
+@pytest.mark.parametrize(
+    ("is_cached", "setting"), [(True, r"type autoencoder\.batch_size=4"), (False, "type batch_size=4")]
+)
+def test_lack_of_memory_names_the_setting_of_the_command(tmp_path, is_cached, setting):
+    class Large(KLAutoencoder):
+        def decode(self, z):
+            raise torch.OutOfMemoryError
+
+    data = latents(tmp_path, autoencoder(Large), is_cached=is_cached, scale=1.0, shift=0.0)
+    with pytest.raises(UsageError, match=setting):
+        data.decode(torch.zeros(1, 2, 4, 4))
 
 
 def test_split_is_that_of_the_images(tmp_path):
@@ -168,7 +216,9 @@ def test_images_without_latents_are_refused(arguments, settings, named):
         LatentDataModule(images, autoencoder(), "a", settings)
 
 
-@pytest.mark.parametrize(("name", "value"), [("scale", [1.0]), ("shift", [0.0] * 3), ("scale", [1.0, 0.0])])
+@pytest.mark.parametrize(
+    ("name", "value"), [("scale", [1.0]), ("shift", [0.0] * 3), ("scale", [1.0, 0.0]), ("scale", "large")]
+)
 def test_scaling_needs_one_number_per_channel(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"autoencoder.{name}"):
         latents(tmp_path, **{name: value})

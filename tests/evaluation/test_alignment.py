@@ -16,10 +16,11 @@ from src.diffusion.noise import NoiseSchedule
 from src.diffusion.timestep_samplers import uniform
 from src.distributed.processes import Processes
 from src.errors import UsageError
-from src.evaluate import build_alignment, evaluate
+from src.evaluate import evaluate
 from src.evaluation.settings import AlignmentSettings
 from src.metrics.confidence import wilson
 from src.metrics.detector import Detections
+from src.runs.evaluation import build_alignment
 from src.runs.open import open_run
 from src.viz.tables import markdown, metric_title
 from tests.conftest import HANG_SECONDS, compose, train_tiny

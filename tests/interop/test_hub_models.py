@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from src.errors import UsageError
 from src.export import export
 from src.interop import hub_models
+from src.interop.autoencoders import PATTERNS as AUTOENCODER
 from src.interop.hub_models import check_push, local_copy, push
 from src.runs.checkpoints import find_checkpoint
 from src.sample import sample
@@ -50,6 +51,29 @@ def test_pushed_folder_opens_from_the_hub(hub, model):
     hub.commits.clear()
     hub_models._download.cache_clear()
     assert find_checkpoint("hf://ann/digits@" + "1".zfill(40), None).name == "model.safetensors"
+
+
+def repository(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_pipeline_of_this_project_brings_its_autoencoder(hub, tmp_path):
+    names = ["unet/config.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    push(repository(tmp_path / "ours", "training.safetensors", unet, *names), "ann/ours", private=True)
+    push(repository(tmp_path / "theirs", "model_index.json", unet, *names), "ann/theirs", private=True)
+    assert all((local_copy("hf://ann/ours", "run") / name).is_file() for name in names)
+    assert not (local_copy("hf://ann/theirs", "run") / "vae").exists()
+
+
+def test_old_weights_of_the_other_networks_are_not_downloaded(hub, tmp_path):
+    bins = [f"{place}/diffusion_pytorch_model.bin" for place in ("unet", "vae")]
+    push(repository(tmp_path / "old", "model_index.json", "vae/config.json", *bins), "ann/old", private=True)
+    folder = local_copy("ann/old", "autoencoder", AUTOENCODER)
+    assert [(folder / name).exists() for name in bins] == [False, True]
 
 
 def test_revisions_select_commits(hub, model):

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.testing import assert_close
 
+from src.comparison.measure import open_surveyed
+from src.comparison.survey import check_autoencoder, survey
 from src.data.pixel_store import default_cache_dir
 from src.errors import UsageError
 from src.evaluate import evaluate
@@ -14,6 +17,7 @@ from src.export import export
 from src.interop.diffusers_export import make_time_grid
 from src.runs.build import build
 from src.runs.open import open_run
+from src.runs.resolve import relocate, resolve
 from src.sample import sample
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, once, train_tiny
@@ -155,6 +159,30 @@ def test_another_autoencoder_is_refused(run, vae, tmp_path):
     settings = ["conditioning=class", "autoencoder.scale=2", f"autoencoder.path={vae}", f"resume={run}"]
     with pytest.raises(ValueError, match=r"autoencoder\.scale"):
         build(compose("train", *once(*TINY, *QUICK, "sampler=ddim"), *settings, f"run_dir={run}"))
+
+
+def test_exported_pipeline_has_its_own_autoencoder(tmp_path):
+    settings = OmegaConf.create({"data": {}, "autoencoder": {"path": "user/name", "fingerprint": "a"}})
+    assert relocate(settings, None, None, tmp_path).autoencoder.path == "user/name"
+    (tmp_path / "vae").mkdir()
+    assert relocate(settings, None, None, tmp_path).autoencoder.path == str(tmp_path / "vae")
+    assert relocate(settings, None, None, tmp_path, "typed").autoencoder.path == "typed"
+
+
+def test_resumed_checkpoint_cannot_interpolate(vae):
+    before = {"hyper_parameters": {"autoencoder": {"fingerprint": "${oc.env:HOME}"}}}
+    with pytest.raises(ValueError, match=r"autoencoder\.fingerprint"):
+        resolve(compose("train", *TINY, f"autoencoder.path={vae}"), None, before)
+
+
+def test_compared_runs_in_latents_alone_take_an_autoencoder(run, vae, trained):
+    cfg = compose("compare", f"runs=[{run},{trained}]", f"autoencoder={vae}")
+    runs, _ = survey([run, trained])
+    latent, plain = (open_surveyed(each, cfg) for each in runs)
+    assert latent.config.autoencoder.path == str(vae) and plain.data.displayed is plain.data
+    check_autoencoder(runs, str(vae))
+    with pytest.raises(ValueError, match="autoencoder="):
+        check_autoencoder(runs[1:], str(vae))
 
 
 @pytest.mark.parametrize(
