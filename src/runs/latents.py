@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.interop.hub_models import SCHEME, local_copy
-from src.quoting import format_override
+from src.quoting import command, format_override
 from src.runs.autoencoder import is_autoencoder, open_autoencoder
 from src.runs.components import instantiate_node, is_typed, to_plain
 from src.runs.imported import IMAGES, LATENTS, compose_train
@@ -90,7 +90,7 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
     if not path.exists():
         raise FileNotFoundError(
             f"{format_override('autoencoder', location)} does not exist; type autoencoder=FOLDER with the run or the "
-            "model of diffusers, or train one with: python -m src.train task=autoencoder"
+            f"model of diffusers, or train one with: {command('train', 'task=autoencoder')}"
         )
     folder = autoencoder_folder(path) if path.is_dir() else None
     net: Any = open_autoencoder(str(path), trust) if folder is None else read_autoencoder(folder)
