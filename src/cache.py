@@ -48,7 +48,7 @@ def cached(folder: Path, key: str, compute: Callable[[], Tensors]) -> Tensors:
     return tensors
 
 
-def write_atomically(path: Path, contents: bytes) -> None:
+def write_atomically(path: Path, contents: bytes | memoryview) -> None:
     """Write a file, and its folder if missing, so that other processes see all of it or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -68,7 +68,7 @@ def autoencoder_folder(folder: Path) -> Path | None:
     return None
 
 
-def read_autoencoder(folder: Path) -> DiffusersAutoencoder:
+def read_diffusers_autoencoder(folder: Path) -> DiffusersAutoencoder:
     """Return the autoencoder in a folder of diffusers, in float32. Only JSON and tensors are read.
 
     Raises ValueError without the library, or for weights that cannot be read.

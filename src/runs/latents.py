@@ -81,7 +81,7 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
 
     `location` is a run of task=autoencoder, its checkpoint or export, or a folder or a name on the Hub of diffusers.
     """
-    from src.interop.autoencoders import PATTERNS, autoencoder_folder, read_autoencoder
+    from src.interop.autoencoders import PATTERNS, autoencoder_folder, read_diffusers_autoencoder
 
     path = Path(location).expanduser()
     is_name = len(path.parts) == 2 and not (path.is_absolute() or path.parent.exists())
@@ -93,7 +93,7 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
             f"model of diffusers, or train one with: {command('train', 'task=autoencoder')}"
         )
     folder = autoencoder_folder(path) if path.is_dir() else None
-    net: Any = open_autoencoder(str(path), trust) if folder is None else read_autoencoder(folder)
+    net: Any = open_autoencoder(str(path), trust) if folder is None else read_diffusers_autoencoder(folder)
     return net, fingerprint_of(net)
 
 

@@ -5,7 +5,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import loggers
 from lightning.pytorch.utilities import rank_zero_only
+
+from src.cache import write_atomically
 
 
 @contextmanager
@@ -35,20 +37,6 @@ def retry_until_written(write: Callable[[], object], path: Path) -> None:
             write()
             return
         time.sleep(10)
-
-
-def write_atomically(path: Path, contents: bytes | memoryview) -> None:
-    """Write a file that replaces the previous one only when it is complete on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -77,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if folder.resolve() not in self._folders:
             folder.mkdir(parents=True, exist_ok=True)
             self._folders.add(folder.resolve())
-            for partial in folder.glob("*.ckpt.partial"):
+            for partial in folder.glob("*.ckpt.*partial"):
                 partial.unlink(missing_ok=True)
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from src.interop.autoencoders import as_diffusers, autoencoder_folder, read_autoencoder
+from src.interop.autoencoders import as_diffusers, autoencoder_folder, read_diffusers_autoencoder
 from src.models.autoencoder import KLAutoencoder
 from tests.models.test_models import randomize
 
@@ -40,7 +40,7 @@ def test_encodes_and_decodes_as_the_library(tmp_path, name):
     net = save(tmp_path / "vae", name)
     folder = autoencoder_folder(tmp_path)
     assert folder == tmp_path / "vae" == autoencoder_folder(tmp_path / "vae")
-    ours = read_autoencoder(folder)
+    ours = read_diffusers_autoencoder(folder)
     x, z = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 4, 4, 4)
     with torch.no_grad():
         mean, std = ours.encode(x)
@@ -62,7 +62,7 @@ def test_scaling_per_channel_is_read(tmp_path):
     path = tmp_path / "config.json"
     config = json.loads(path.read_text()) | {"latents_mean": [1, 2, 3, 4], "latents_std": [2, 2, 4, 4]}
     path.write_text(json.dumps(config))
-    ours = read_autoencoder(tmp_path)
+    ours = read_diffusers_autoencoder(tmp_path)
     z = torch.randn(1, 4, 1, 1)
     theirs = (
         (z - torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1)) * 0.18215 / torch.tensor([2.0, 2, 4, 4]).view(1, 4, 1, 1)
@@ -80,7 +80,7 @@ def test_incomplete_weights_are_refused(tmp_path):
     weights.pop("decoder.conv_out.weight")
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(ValueError, match="autoencoder="):
-        read_autoencoder(tmp_path)
+        read_diffusers_autoencoder(tmp_path)
 
 
 def test_other_models_are_no_autoencoder(tmp_path):
@@ -95,7 +95,7 @@ def test_own_autoencoder_equals_its_copy_in_the_library(tmp_path):
     ours = KLAutoencoder(3, 16, latent_channels=2, model_channels=8, channel_mult=(1, 2, 2), num_res_blocks=2)
     randomize(ours)
     as_diffusers(ours).save_pretrained(tmp_path)
-    theirs = read_autoencoder(tmp_path)
+    theirs = read_diffusers_autoencoder(tmp_path)
     x, z = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 2, 4, 4)
     with torch.no_grad():
         assert_close(theirs.encode(x), ours.encode(x), rtol=1e-4, atol=1e-5)

@@ -11,9 +11,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from src.cache import write_atomically
 from src.distributed.sharding import gather_full, local_shard, shard_like
 from src.quoting import literal
-from src.training.checkpoint_io import tolerate_full_disk, write_atomically
+from src.training.checkpoint_io import tolerate_full_disk
 from src.training.power_ema import (
     FOLDER,
     decay,
@@ -104,7 +105,6 @@ class PowerEMA(L.Callback):
             return
         path = snapshot_file(self.folder, last_update(self.steps))
         with tolerate_full_disk(path):
-            self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {tensor_name(k, name): value for k, part in enumerate(gathered) for name, value in part.items()}
             write_atomically(path, save(tensors))
             remove_crowded(self.folder, self.max_snapshots)
