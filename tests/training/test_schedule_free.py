@@ -28,12 +28,6 @@ def test_missing_library_is_named(monkeypatch):
         adamw_schedule_free([{"params": [nn.Parameter(torch.zeros(2))]}])
 
 
-def test_new_optimizer_has_no_state():
-    """So that torch creates it before a sharded run loads a checkpoint."""
-    pytest.importorskip("schedulefree")
-    assert not adamw_schedule_free([{"params": [nn.Parameter(torch.zeros(2))]}]).state
-
-
 def test_saved_average_is_that_of_the_steps(tmp_path):
     """x is the mean of z over the steps, weighted by the squared learning rate of the warm-up (arXiv 2405.15682)."""
     pytest.importorskip("schedulefree")
