@@ -2,13 +2,15 @@
 
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from src.runs.build import build, close_run
+from src.distributed.sharding import FullyShardedStrategy
+from src.runs.build import build, check_sharding, close_run
 from src.training.callbacks.schedule_free import adamw_schedule_free
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, once, train_tiny
@@ -26,12 +28,6 @@ def test_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "schedulefree", None)
     with pytest.raises(ValueError, match=r"optimizer=schedule_free .*pip install schedulefree"):
         adamw_schedule_free([{"params": [nn.Parameter(torch.zeros(2))]}])
-
-
-def test_new_optimizer_has_no_state():
-    """So that torch creates it before a sharded run loads a checkpoint."""
-    pytest.importorskip("schedulefree")
-    assert not adamw_schedule_free([{"params": [nn.Parameter(torch.zeros(2))]}]).state
 
 
 def test_saved_average_is_that_of_the_steps(tmp_path):
@@ -64,6 +60,13 @@ def test_resumes_with_equal_bits(tmp_path):
     words = ["optimizer=adamw", "lr_scheduler=constant", "trainer.max_steps=6", f"resume='{tmp_path / 'copy'}'"]
     with pytest.raises(ValueError, match=r"optimizer\.\*"):
         close_run(build(compose("train", *TINY, *FREE[3:], *words)))
+
+
+def test_sharded_run_is_not_resumed():
+    strategy, module = FullyShardedStrategy(), SimpleNamespace(curve_weights=(), averages=[object()])
+    run = SimpleNamespace(trainer=SimpleNamespace(strategy=strategy), module=module, config={}, resume_from="last.ckpt")
+    with pytest.raises(ValueError, match=r"trainer=fsdp .*optimizer=schedule_free"):
+        check_sharding(run)
 
 
 def test_validations_do_not_change_training(tmp_path):

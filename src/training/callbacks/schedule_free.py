@@ -29,7 +29,6 @@ def adamw_schedule_free(
         raise ValueError(f"optimizer.betas={list(betas)} must be in (0, 1): [0.9, 0.999] is usual")
     optimizer = AdamWScheduleFree(params, lr, (betas[0], betas[1]), weight_decay=weight_decay)
     optimizer.train()
-    optimizer.state.clear()  # from empty entries, torch would conclude that a resumed sharded optimizer has its state
     return cast(Optimizer, optimizer)
 
 
