@@ -112,7 +112,7 @@ def with_runs(arguments: Sequence[str]) -> list[str]:
     folders = [
         word
         for word in overrides
-        if os.path.isdir(word) or ("=" not in word.split("/")[0] and not word.startswith(("~", "+")))
+        if os.path.isdir(word) or ("=" not in word.split("/")[0] and not word.startswith(("~", "+", "hydra/")))
     ]
     if not folders:
         return [*flags, *overrides]

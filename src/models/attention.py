@@ -102,8 +102,8 @@ def sincos_positions(grid: Sequence[int], width: int, device: torch.device) -> T
     Source: Dosovitskiy et al. 2021 (arXiv 2010.11929), app. D.4, in the layout of MAE and DiT.
     """
     count = width // len(grid) // 2
-    frequency = 10_000.0 ** (-torch.arange(count, dtype=torch.float64, device=device) / count)
-    axes = [torch.arange(n, dtype=torch.float64, device=device) for n in grid]
+    frequency = 10_000.0 ** (-torch.arange(count, dtype=torch.float64) / count)
+    axes = [torch.arange(n, dtype=torch.float64) for n in grid]
     places = torch.meshgrid(*axes, indexing="ij")
     angles = [place.flatten()[:, None] * frequency for place in reversed(places)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float().to(device)

@@ -61,7 +61,7 @@ def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) 
         raise ValueError(f"image_size={image_size} must be a number, or [height,width], of at least 1")
     if len(opened.module.shape) != 3:
         raise ValueError(f"image_size={image_size} is for images, and the run was trained on points: leave it out")
-    factor = opened.data.displayed.shape[1] // opened.module.shape[1]
+    factor = opened.data.displayed.shape[1] // opened.data.shape[1]
     if any(side % factor for side in size):
         raise ValueError(f"image_size={image_size} must be a multiple of {factor}, the factor of the autoencoder")
     opened.module.shape = (opened.module.shape[0], *(side // factor for side in size))

@@ -271,6 +271,7 @@ def test_metrics_are_rounded_to_their_std(summary, shown):
         (["a/lr=1/0"], ["runs=['a/lr=1/0']"]),
         (["--cfg", "job", "x"], ["--cfg", "job", "runs=['x']"]),
         (["runs=[x]"], ["runs=[x]"]),
+        (["runs=[x]", "hydra/job_logging=none"], ["runs=[x]", "hydra/job_logging=none"]),  # of the processes it starts
     ],
 )
 def test_folders_need_no_key(arguments, expected):

@@ -448,7 +448,8 @@ def test_labels_of_zero_give_the_plain_network(overrides):
 
 def test_networks_draw_images_of_a_bucket():
     made = built(EDM_LABELS)
-    opened = SimpleNamespace(module=made)
+    images = SimpleNamespace(shape=(1, 8, 8))
+    opened = SimpleNamespace(module=made, data=SimpleNamespace(shape=images.shape, displayed=images))
     for image_size, shape in ((None, (1, 8, 8)), (16, (1, 16, 16)), ([8, 16], (1, 8, 16))):
         resize_samples(opened, image_size)
         (*_, drawn) = made.sample(range(2), seed=0)
