@@ -27,16 +27,19 @@ def ema(cfg: DictConfig) -> list[Path]:
         results = [tracked.reconstruct(length, "length") for length in lengths]
         folder = averages_folder(path)
         folder.mkdir(exist_ok=True)
+        settings, left_out = exportable_settings(checkpoint["hyper_parameters"])
     files = []
     for length, result in zip(lengths, results, strict=True):
         file = folder / f"length_{length:g}.safetensors"
         weights = weights_of(averaged_checkpoint(checkpoint, tracked, result), True, path)
-        write_exported(file, weights, True, exportable_settings(checkpoint["hyper_parameters"])[0])
+        write_exported(file, weights, True, settings)
         error = max(result.error, 1e-6)  # float32 rounds
         print(f"{relative(file)}: each weight is exact up to {error:.0e} of its range during training")
         files.append(file)
-    words = [*search_path_overrides(), format_override("ckpt", relative(files[-1])), "n=64"]
-    print(f"Sample from it with: {command('sample', *words)}")
+    words = [*search_path_overrides(), format_override("ckpt", relative(files[-1]))]
+    if "autoencoder.path" in left_out:
+        words.append(format_override("autoencoder", checkpoint["hyper_parameters"]["autoencoder"]["path"]))
+    print(f"Sample from it with: {command('sample', *words, 'n=64')}")
     return files
 
 

@@ -145,7 +145,7 @@ def group_label(settings: Mapping[str, Any]) -> str:
     parts = []
     for name, value in settings.items():
         shown = format_setting(value).rpartition(".")[2] if name.endswith("_target_") else format_setting(value)
-        parts.append(shown if isinstance(value, str) else f"{name.rpartition('.')[2]} {shown}")
+        parts.append(shown if isinstance(value, str) else f"{name.removesuffix('.path').rpartition('.')[2]} {shown}")
     return ", ".join(parts)
 
 

@@ -85,10 +85,9 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
     none.
     """
     if wrong := [name for name, value in ONLY_OURS.items() if model[name] != value]:
-        ours, theirs = (", ".join(f"{v[name]}".lower() for name in wrong) for v in (model, ONLY_OURS))
+        ours, theirs = (" ".join(f"model.{name}={v[name]}".lower() for name in wrong) for v in (model, ONLY_OURS))
         raise ValueError(
-            f"{', '.join(f'model.{name}' for name in wrong)}={ours} must be {theirs} for a DiTTransformer2DModel; "
-            "use format=safetensors, onnx or torch_export"
+            f"{ours} must be {theirs} for a DiTTransformer2DModel; use format=safetensors, onnx or torch_export"
         )
     size, patch = model["image_size"], model["patch_size"]
     sides = {size} if isinstance(size, int) else {*size}

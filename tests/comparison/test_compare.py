@@ -116,6 +116,11 @@ def test_group_labels_use_few_typed_settings():
     assert implied == {"schedule.beta": [1, 2, 1, 2], "diffusion.prediction": ["x0", "edm", "x0", "edm"]}
 
 
+def test_label_without_an_autoencoder_names_the_setting():
+    groups, _ = group_by_settings([record(0, 0.0, autoencoder__path=path) for path in ("runs/a", None)])
+    assert [g.label for g in groups] == ["runs/a", "autoencoder null"]
+
+
 def test_choice_differing_within_a_group_is_ignored():
     runs = [record(k, 0.0, {"trainer": t}, lr=lr) for k, t in enumerate(("cpu", "gpu")) for lr in (1, 2)]
     assert [set(g.settings) for g in group_by_settings(runs)[0]] == [{"lr"}, {"lr"}]

@@ -370,7 +370,7 @@ REFUSED = {
         lambda: case(model={"image_size": 10, "patch_size": 2}),
     ],
     "model.positions=rope": [lambda: case(dit=PAPER_DIT | {"positions": "rope"})],
-    "model.activation, model.norm, model.qk_norm": [
+    "model.activation=swiglu model.norm=rms model.qk_norm=true must be model.activation=gelu model.norm=layer": [
         lambda: case(dit=PAPER_DIT | {"activation": "swiglu", "norm": "rms", "qk_norm": True})
     ],
     "model.num_heads": [lambda: case(model={"num_heads": 2})],

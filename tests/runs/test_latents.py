@@ -11,10 +11,12 @@ from torch.testing import assert_close
 from src.comparison.measure import open_surveyed
 from src.comparison.survey import check_autoencoder, survey
 from src.data.pixel_store import default_cache_dir
+from src.ema import ema
 from src.errors import UsageError
 from src.evaluate import evaluate
 from src.export import export
 from src.interop.diffusers_export import make_time_grid
+from src.quoting import format_override
 from src.runs.build import build
 from src.runs.open import open_run
 from src.runs.resolve import relocate, resolve
@@ -50,7 +52,8 @@ def vae(tmp_path_factory):
 def run(tmp_path_factory, vae):
     """Return a class-conditional run of four steps."""
     folder = tmp_path_factory.mktemp("latent") / "run"
-    train_tiny(folder, f"autoencoder.path={vae}", "conditioning=class", "sampler=ddim", "trainer.max_steps=4", *QUICK)
+    settings = ["conditioning=class", "sampler=ddim", "trainer.max_steps=4", "callbacks.power_ema.lengths=[0.05,0.1]"]
+    train_tiny(folder, f"autoencoder.path={vae}", *settings, *QUICK)
     return folder
 
 
@@ -130,6 +133,11 @@ def test_exported_model_needs_its_autoencoder(run, vae, tmp_path):
             export(compose("export", f"run={run}", f"format={name}", f"run_dir={tmp_path}"))
 
 
+def test_command_after_averaging_names_the_autoencoder(run, vae, capsys):
+    ema(compose("ema", f"run={run}", "length=0.1"))
+    assert format_override("autoencoder", str(vae)) in capsys.readouterr().out
+
+
 def test_exported_pipeline_decodes(run, tmp_path):
     from src.diffusion.samplers import predictor
     from src.interop.diffusers_pipelines.unet_pipeline import UNetPipeline
@@ -139,6 +147,8 @@ def test_exported_pipeline_decodes(run, tmp_path):
     pipeline = UNetPipeline.from_pretrained(folder, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     call = {"output_type": "pt", "generator": torch.Generator().manual_seed(0)}
+    with pytest.raises(TypeError, match="batch_size='1' must be a number"):
+        pipeline("1")
     images = pipeline(class_labels=[1, 2], **call).images
     opened = open_run(str(folder))  # its folder vae is the autoencoder
     module, x = opened.module, torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))

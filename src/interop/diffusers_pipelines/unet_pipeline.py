@@ -81,6 +81,8 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         default, or the number of `levels`, which are fixed. `eta` is that of the DDIM scheduler.
         """
         device, scheduler = self._execution_device, self.scheduler
+        if not isinstance(batch_size, int):
+            raise TypeError(f"batch_size={batch_size!r} must be a number; type class_labels=... or prompt=... by name")
         if isinstance(prompt, str):
             prompt = [prompt] * batch_size
         if class_labels is not None and prompt is not None:
