@@ -306,6 +306,14 @@ def warn_about_schedule(module: "DiffusionModule") -> None:
         )
 
 
+def check_settings_of_network(cfg: DictConfig) -> None:
+    """Raise ValueError for settings of a network that it refuses, before all images are encoded."""
+    import torch
+
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # `build_module` warns
+        instantiate_node(cfg.model, {"outputs": 1})
+
+
 def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
     """Return the network on the meta device, in the memory format of training."""
     import torch

@@ -18,7 +18,7 @@ from src.distributed.ranks import fresh_folder
 from src.errors import absence, sentence
 from src.quoting import format_override
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
-from src.runs.components import inline_aliases, is_typed, to_plain
+from src.runs.components import check_settings_of_network, inline_aliases, is_typed, to_plain
 from src.runs.imported import read_model
 from src.runs.latents import SETTINGS, has_autoencoder, infer_latents, measure_latents
 from src.runs.trainer import world_size
@@ -267,6 +267,7 @@ def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule", is_new: bool) 
     if len(data.shape) == 1 and "features" in cfg.model:
         cfg.model.features = data.shape[0]
     if is_new and has_autoencoder(cfg):
+        check_settings_of_network(cfg)
         cfg.autoencoder.update(measure_latents(data))
     if is_new and cfg.get("conditioning") is not None:
         data.prepare_once_per_node()

@@ -133,6 +133,13 @@ def test_exported_model_needs_its_autoencoder(run, vae, tmp_path):
             export(compose("export", f"run={run}", f"format={name}", f"run_dir={tmp_path}"))
 
 
+def test_settings_of_the_network_are_checked_before_encoding(vae, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.data.latents.write_latents", lambda *_: pytest.fail("encodes all images"))
+    folders = [f"autoencoder.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match=r"model\.num_head_channels=3"):
+        build(compose("train", *TINY, f"autoencoder.path={vae}", "model.num_head_channels=3", *folders))
+
+
 def test_command_after_averaging_names_the_autoencoder(run, vae, capsys):
     ema(compose("ema", f"run={run}", "length=0.1"))
     assert format_override("autoencoder", str(vae)) in capsys.readouterr().out
