@@ -99,7 +99,8 @@ def open_autoencoder(location: str, trust: bool = False, setting: str = "autoenc
     """Return the autoencoder of a run folder, a checkpoint or an exported model, for inference, on the CPU.
 
     It has the averaged weights if there are any. `setting` is the name of `location` in messages. Without `trust`, only
-    classes that conf/ names are instantiated. Raises FileNotFoundError or ValueError if there is no such model.
+    classes that conf/ names are instantiated. Raises FileNotFoundError if it does not exist, and ValueError for another
+    kind of model.
     """
     return read_autoencoder(find_checkpoint(location, None, setting=setting), trust).net
 

@@ -103,7 +103,7 @@ def test_half_of_the_training_images_are_mirrored(tmp_path):
     assert_close(data.source.fetch_training([0, 1], [2, 3]), expected, rtol=0, atol=1e-6)
 
 
-def test_deterministic_autoencoder_stores_no_deviation(tmp_path):
+def test_deterministic_autoencoder_stores_no_std(tmp_path):
     data = prepared(tmp_path, autoencoder(Deterministic), dtype="float16")
     (file,) = tmp_path.glob("*/latents.npy")
     assert file.stat().st_size < 40 * 32 * 2 + 200
