@@ -11,8 +11,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.rules import check_values
 from src.config.words import key_of
-from src.errors import counted, usage_errors
-from src.quoting import command, format_override, shell_word
+from src.errors import command, counted, format_override, shell_word, usage_errors
 from src.viz.tables import format_duration
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
-from src.errors import UsageError, usage_errors
+from src.errors import UsageError, command, format_override, shell_word, usage_errors
 from src.interop.hub_models import MODEL_FILE, SIDECAR, check_push, push
-from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
 

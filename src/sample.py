@@ -8,8 +8,7 @@ from omegaconf import DictConfig
 from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.rules import check_values
-from src.errors import memory_errors, usage_errors
-from src.quoting import format_override
+from src.errors import format_override, memory_errors, usage_errors
 from src.runs.checkpoints import find_checkpoint
 
 if TYPE_CHECKING:

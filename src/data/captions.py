@@ -13,8 +13,7 @@ from src.data.label_table import group_by_image
 from src.data.layout import class_folders
 from src.data.table_files import FILE_COLUMNS, read_pairs
 from src.data.table_text import decode_text
-from src.errors import counted, first_names
-from src.quoting import format_override
+from src.errors import counted, first_names, format_override
 
 TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))
 """Files with captions in the image folder, in the format of Hugging Face's ImageFolder."""

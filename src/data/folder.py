@@ -22,7 +22,7 @@ from src.data.repeats import check_repeats, repeat_indices
 from src.data.scan import find_in
 from src.data.sources import Covariates, Source, describe_conditions
 from src.data.table_files import FILE_COLUMNS
-from src.quoting import format_override
+from src.errors import format_override
 
 
 class OpenFiles(Protocol):

@@ -16,8 +16,7 @@ from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
 from src.data.layout import SPLITS
 from src.data.sources import Labels
-from src.errors import counted, did_you_mean, first_names, one_line
-from src.quoting import format_override
+from src.errors import counted, did_you_mean, first_names, format_override, one_line
 
 BATCH = 1000
 """Number of rows whose sizes are read at a time."""

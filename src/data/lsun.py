@@ -17,8 +17,7 @@ from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
-from src.errors import one_line
-from src.quoting import format_override
+from src.errors import format_override, one_line
 
 _OPEN: dict[Path, tuple[int, Any]] = {}
 """The process that opened each database, and the database."""

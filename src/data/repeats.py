@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from src.data.found_images import FoundImages
-from src.quoting import format_override
+from src.errors import format_override
 
 
 def check_repeats(repeats: Sequence[int] | None, root: Any) -> list[int] | None:

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from src.quoting import format_override
+from src.errors import format_override
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 """The first bytes of files compressed by gzip, bzip2 and xz."""

@@ -14,8 +14,7 @@ from src.data.dates import EPOCHS, UNIT_NAMES, dates_of_texts
 from src.data.sources import Labels
 from src.data.table_files import Table
 from src.data.table_text import to_number
-from src.errors import did_you_mean, first_names
-from src.quoting import format_override
+from src.errors import did_you_mean, first_names, format_override
 
 TYPES = (*get_args(ColumnType), *EPOCHS, "id", "text")
 """Values of `data.types`, besides the format of a date; the last two leave a column out."""

@@ -25,8 +25,7 @@ from src.data.table_text import (
     find_decimal,
     find_separator,
 )
-from src.errors import absence, one_line
-from src.quoting import format_override
+from src.errors import absence, format_override, one_line
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,8 +25,7 @@ from src.data.image_source import ImageSource, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, ShardIndex, build_index, read_index, write_index
-from src.errors import absence, counted
-from src.quoting import format_override
+from src.errors import absence, counted, format_override
 
 VERSION = 2
 """Version of the index; increase it when the same shards would produce another index."""

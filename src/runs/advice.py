@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from src.data.decode import Decoded, decode
-from src.quoting import format_override
+from src.errors import format_override
 
 NUM_PROBED = 200
 """Number of files to decode unchanged, to find their channels and sizes."""

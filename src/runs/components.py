@@ -16,8 +16,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.arguments import GRID_SETTINGS, import_target
-from src.errors import sentence
-from src.quoting import format_override
+from src.errors import format_override, sentence
 
 if TYPE_CHECKING:
     import lightning as L

@@ -10,9 +10,8 @@ from tqdm import tqdm
 from src.config.arguments import check_arguments
 from src.config.rules import check_values
 from src.config.search_path import config_groups, load_option
-from src.errors import usage_errors
+from src.errors import format_override, usage_errors
 from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
-from src.quoting import format_override
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint
 from src.runs.open import OpenedRun, sampler_of

@@ -15,8 +15,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from src.distributed.ranks import fresh_folder
-from src.errors import absence, sentence
-from src.quoting import format_override
+from src.errors import absence, format_override, sentence
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import check_settings_of_network, inline_aliases, is_typed, to_plain
 from src.runs.imported import read_model
