@@ -39,7 +39,7 @@ def examine(cfg: DictConfig) -> Path:
         import torch
 
         from src.runs import advice
-        from src.runs.components import inline_aliases, instantiate_node
+        from src.runs.nodes import inline_aliases, instantiate_node
 
         on_gpu = torch.cuda.is_available()
         from_files = OmegaConf.select(cfg, "data.source._target_") in FOLDERS

@@ -12,7 +12,7 @@ from src.config.search_path import search_path_overrides
 from src.errors import command, format_override
 from src.interop.hub_models import MODEL_FILE
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages
-from src.runs.components import instantiate_node, to_plain
+from src.runs.nodes import instantiate_node, to_plain
 from src.runs.trust import check_targets, check_texts, known_targets
 from src.training.checkpoints import exportable_settings, read_checkpoint, weights_of, write_exported
 

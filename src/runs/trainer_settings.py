@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import DictConfig
 
 from src.errors import format_override, sentence
-from src.runs.components import to_plain
+from src.runs.nodes import to_plain
 from src.training.lightning_internals import copies_this_process
 
 COUNTS_EPOCHS = "counts epochs, and training counts steps"

@@ -100,7 +100,7 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
     """The network's width follows the table, and the stored settings open without the file."""
     from hydra.utils import instantiate
 
-    from src.runs.components import instantiate_node
+    from src.runs.nodes import instantiate_node
     from src.runs.resolve import resolve
 
     path, numbers = table(tmp_path / "a.csv")
