@@ -40,12 +40,9 @@ def lsun(
 ) -> ImageSource:
     """Open the databases `<root>/<name>_lmdb` of the names in `classes`, such as `bedroom_train`.
 
-    Several databases are classes. The other arguments are those of `src.data.folder.folder`.
-
-    Raises:
-        FileNotFoundError: If a database does not exist.
-        ValueError: If the package lmdb is missing, a database cannot be read, occurs twice or has test
-            images, or as `folder` does.
+    Several databases are classes. The other arguments are those of `src.data.folder.folder`. Raises FileNotFoundError
+    if a database does not exist, and ValueError if the package lmdb is missing, a database cannot be read, occurs twice
+    or has test images, or as `folder` does.
     """
     refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     names = [classes] if isinstance(classes, str) else list(classes)

@@ -106,9 +106,8 @@ def read_table(
     separator and decimal sign of text are detected if they are None. `header=None` rejects a first row that looks like
     data; False names the columns c0, c1, ...
 
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it cannot be read, has no rows, rows of different lengths, or two columns with one name.
+    Raises FileNotFoundError if the file does not exist, and ValueError if it cannot be read, has no rows, rows of
+    different lengths, or two columns with one name.
     """
     if not path.is_file():
         raise FileNotFoundError(

@@ -52,8 +52,7 @@ IGNORED = (
 def read_dit(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     """Return the model of a state dict and of flags of the authors' `sample.py`, of which `--model` is required.
 
-    Raises:
-        ValueError: If a flag is unknown or contradicts the weights, or if our DiT has no such network.
+    Raises ValueError if a flag is unknown or contradicts the weights, or if our DiT has no such network.
     """
     typed = _parse(flags)
     try:

@@ -44,8 +44,7 @@ def read_pt(path: Path) -> dict[str, Tensor]:
 
     Of a checkpoint of training, as the scripts of DiT and SiT write it, these are its averaged weights, `ema`.
 
-    Raises:
-        ValueError: If the file holds anything but named tensors.
+    Raises ValueError if the file holds anything but named tensors.
     """
     try:
         with torch.serialization.safe_globals([Namespace]):  # their arguments, which only have values

@@ -61,8 +61,7 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     The file shows widths, attention and classes; flags that contradict it are errors. It shows neither the image size
     nor the noise schedule, the number of steps and the heads of attention, which have OpenAI's defaults.
 
-    Raises:
-        ValueError: If a flag is unknown or contradicts the weights, or if the model is not one for sampling images.
+    Raises ValueError if a flag is unknown or contradicts the weights, or if the model is not one for sampling images.
     """
     typed = _parse(flags)
     _check_kind(weights, typed)
@@ -189,8 +188,7 @@ def _numbers(text: str) -> list[float]:
 def _inferred_flags(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the flags that the shapes of the weights show; `attention` lists the downsampling factors with attention.
 
-    Raises:
-        KeyError: If weights are missing.
+    Raises KeyError if weights are missing.
     """
     ends = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers\.0)\.weight")  # upsampling ends a stage
     blocks = {int(name.split(".")[1]) for name in weights if name.startswith("output_blocks.")}
