@@ -69,11 +69,11 @@ def examine(cfg: DictConfig) -> Path:
     steps = usual or advice.suggest_steps(num_train, on_gpu)
     if cfg.steps > 0:
         with usage_errors():
-            cost = advice.measure_step(words, str(folder), cfg.steps)
-        steps = usual or advice.suggest_steps(num_train, on_gpu, cost.seconds)
-        device, time = "GPU" if on_gpu else "CPU", format_duration(steps * cost.seconds)
+            seconds, memory = advice.measure_step(words, str(folder), cfg.steps)
+        steps = usual or advice.suggest_steps(num_train, on_gpu, seconds)
+        device, time = "GPU" if on_gpu else "CPU", format_duration(steps * seconds)
         print(
-            f"A step takes {cost.seconds:.3g} s on this {device} and {cost.memory / 2**30:.1f} GiB, so {steps:,} steps "
+            f"A step takes {seconds:.3g} s on this {device} and {memory / 2**30:.1f} GiB, so {steps:,} steps "
             f"take about {time}"
         )
     if "trainer.max_steps" not in typed:
