@@ -5,15 +5,13 @@ Source: Nichol & Dhariwal 2021 (arXiv 2102.09672); Dhariwal & Nichol 2021 (arXiv
 
 import argparse
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from src.errors import did_you_mean
 from src.interop.diffusers_unet import TIME, swap_halves
-from src.interop.imported import ImportedModel, check_weights
+from src.interop.imported import ImportedModel, check_weights, parse_flags
 
 TOP = {
     "time_embed.0": "time.linear1",
@@ -146,9 +144,6 @@ def _network(typed: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str,
 
 def _parse(flags: str) -> dict[str, Any]:
     """Return the flags that were typed, without those that do not change the model."""
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
-    )
     parsers: dict[Any, str] = {
         int: "image_size num_channels num_res_blocks num_heads num_heads_upsample num_head_channels diffusion_steps "
         "large_size small_size",
@@ -158,20 +153,9 @@ def _parse(flags: str) -> dict[str, Any]:
         "sigma_small rescale_timesteps clip_denoised",
         str: f"noise_schedule {IGNORED}",
     }
-    known = [(name, kind) for kind, names in parsers.items() for name in names.split()]
-    for name, kind in known:
-        parser.add_argument(f"--{name}", type=kind)
-    try:
-        parsed, unknown = parser.parse_known_args(shlex.split(flags))
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(
-            f"init_from.flags={flags!r} cannot be read: {error}; copy them from OpenAI's README"
-        ) from error
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        hint = did_you_mean(flag, [f"--{name}" for name, _ in known])
-        raise ValueError(f"init_from.flags: {flag} is not a flag of these projects; {hint}")
-    return {name: value for name, value in vars(parsed).items() if value != []}  # an empty list is the default
+    kinds = {name: kind for kind, names in parsers.items() for name in names.split()}
+    typed = parse_flags(flags, kinds, "these projects", "copy them from OpenAI's README")
+    return {name: value for name, value in typed.items() if value != []}  # an empty list is the default
 
 
 def _boolean(text: str) -> bool:
