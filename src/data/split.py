@@ -158,13 +158,11 @@ def _stamps(source: Source) -> Hashes:
 
 def _surplus(some: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
     """Return which hashes (N,) exceed their number among `others`; of equal hashes, the last ones."""
-    order = np.argsort(some, kind="stable")
-    ordered = some[order]
-    repeat = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)  # 0 for the first of equal hashes, then 1, ...
-    others = np.sort(others)
-    count = np.searchsorted(others, ordered, side="right") - np.searchsorted(others, ordered)
-    surplus = np.zeros(len(some), bool)
-    surplus[order] = repeat >= count
+    import pandas as pd
+
+    hashes = pd.Series(some)
+    counts = hashes.map(pd.Series(others).value_counts()).fillna(0)
+    surplus: npt.NDArray[np.bool_] = (hashes.groupby(hashes).cumcount() >= counts).to_numpy()
     return surplus
 
 
