@@ -11,8 +11,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.rules import check_values
 from src.config.words import key_of
-from src.errors import counted, usage_errors
-from src.quoting import command, format_override, shell_word
+from src.errors import command, counted, format_override, shell_word, usage_errors
 from src.viz.tables import format_duration
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def examine(cfg: DictConfig) -> Path:
         import torch
 
         from src.runs import advice
-        from src.runs.components import inline_aliases, instantiate_node
+        from src.runs.nodes import inline_aliases, instantiate_node
 
         on_gpu = torch.cuda.is_available()
         from_files = OmegaConf.select(cfg, "data.source._target_") in FOLDERS
@@ -70,11 +69,11 @@ def examine(cfg: DictConfig) -> Path:
     steps = usual or advice.suggest_steps(num_train, on_gpu)
     if cfg.steps > 0:
         with usage_errors():
-            cost = advice.measure_step(words, str(folder), cfg.steps)
-        steps = usual or advice.suggest_steps(num_train, on_gpu, cost.seconds)
-        device, time = "GPU" if on_gpu else "CPU", format_duration(steps * cost.seconds)
+            seconds, memory = advice.measure_step(words, str(folder), cfg.steps)
+        steps = usual or advice.suggest_steps(num_train, on_gpu, seconds)
+        device, time = "GPU" if on_gpu else "CPU", format_duration(steps * seconds)
         print(
-            f"A step takes {cost.seconds:.3g} s on this {device} and {cost.memory / 2**30:.1f} GiB, so {steps:,} steps "
+            f"A step takes {seconds:.3g} s on this {device} and {memory / 2**30:.1f} GiB, so {steps:,} steps "
             f"take about {time}"
         )
     if "trainer.max_steps" not in typed:

@@ -7,8 +7,7 @@ from omegaconf import DictConfig, ListConfig
 from src.config.cli import launch
 from src.config.output import relative
 from src.config.search_path import search_path_overrides
-from src.errors import usage_errors
-from src.quoting import command, format_override
+from src.errors import command, format_override, usage_errors
 from src.runs.checkpoints import find_checkpoint
 
 

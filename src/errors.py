@@ -1,7 +1,12 @@
-"""Errors for users: one line that names the setting, the rule and the fix. Imports only the standard library."""
+"""Messages for users: errors on one line that name the setting, the rule and the fix, and commands to paste.
+
+Imports only the standard library.
+"""
 
 import difflib
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -132,3 +137,60 @@ def check_command(module: str, commands: Sequence[str]) -> None:
     known = ", ".join(f"{package}.{command}" for command in commands)
     sys.stderr.write(f"error: {module} is not a command: {hint} commands are {known}\n")
     sys.exit(2)
+
+
+def format_override(name: str, value: object) -> str:
+    """Return `name=value` as one shell word that Hydra parses to exactly this value.
+
+    A string stays a string, even `null`, `1e3` or one with commas; a sequence becomes a list.
+    """
+    return shell_word(f"{name}={literal(value)}")
+
+
+def command(name: str, *words: str) -> str:
+    """Return the command line of `src.<name>` with overrides that are quoted already or need no quotes."""
+    return " ".join([f"python -m src.{name}", *words])
+
+
+def literal(value: object) -> str:
+    """Return `value` in Hydra's override grammar."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(map(literal, value))}]"
+    text = str(value)
+    plain = re.fullmatch(r"(hf://)?[\w./@%+-]([\w ./@%+-]*[\w./@%+-])?", text, re.ASCII)
+    return text if plain and not _is_number_or_constant(text) else quoted(text)
+
+
+def _is_number_or_constant(text: str) -> bool:
+    """Return whether Hydra may parse a text to another value than a string."""
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("null", "true", "false")
+    return True
+
+
+def quoted(text: str) -> str:
+    """Return `text` in Hydra's quotes: it doubles the backslashes before a quote, also the last one."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), escaped(text)) + "'"
+
+
+def escaped(text: str) -> str:
+    """Return `text` with `${` escaped, so that OmegaConf resolves nothing in it."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+def shell_word(text: str) -> str:
+    """Return `text` quoted for bash and zsh, always on one line."""
+    if re.fullmatch(r"[\w=./@%+:-]+", text, re.ASCII):
+        return text
+    if not text.isprintable():
+        octal = "".join(
+            f"\\{byte:03o}" if byte < 32 or byte > 126 or byte in b"\\'" else chr(byte) for byte in os.fsencode(text)
+        )
+        return f"$'{octal}'"
+    return shlex.quote(text) if re.search(r'[$`"\\!]', text) else f'"{text}"'

@@ -10,9 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
-from src.errors import UsageError, usage_errors
+from src.errors import UsageError, command, format_override, shell_word, usage_errors
 from src.interop.hub_models import MODEL_FILE, SIDECAR, check_push, push
-from src.quoting import command, format_override, shell_word
 from src.runs.checkpoints import find_checkpoint
 from src.training.checkpoints import exportable_settings, write_exported
 
@@ -27,9 +26,9 @@ DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr",
 
 def export(cfg: DictConfig) -> Path:
     """Write a trained model in the format `cfg.format` into the output folder; return its file or folder."""
-    from src.runs import components
     from src.runs.autoencoder import AutoencoderError, export_autoencoder
     from src.runs.model_card import usage, write_model_card
+    from src.runs.nodes import to_plain
     from src.runs.open import open_run
 
     with usage_errors():
@@ -48,7 +47,7 @@ def export(cfg: DictConfig) -> Path:
             path, hint = export_autoencoder(cfg)
             print(hint)
             return path
-        config, left_out = exportable_settings(components.to_plain(opened.config))
+        config, left_out = exportable_settings(to_plain(opened.config))
     path, hint = WRITERS[cfg.format](opened, config, cfg)
     folder, library = path if path.is_dir() else path.parent, "diffusers" if cfg.format == "diffusers" else None
     write_model_card(
@@ -147,8 +146,9 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     """
     from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
     from src.interop.diffusers_unet import TIME
-    from src.runs.components import sampler_settings, to_plain
+    from src.runs.components import sampler_settings
     from src.runs.latents import fingerprint_of, vae_of
+    from src.runs.nodes import to_plain
     from src.runs.open import sampler_of
 
     module, folder = opened.module, Path(cfg.run_dir)

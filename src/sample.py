@@ -1,5 +1,6 @@
 """Draw samples from a trained run: `python -m src.sample run=outputs/train/... n=64 sampler=ddim sampler.steps=50`."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,13 +9,14 @@ from omegaconf import DictConfig
 from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.rules import check_values
-from src.errors import memory_errors, usage_errors
-from src.quoting import format_override
+from src.errors import format_override, memory_errors, usage_errors
 from src.runs.checkpoints import find_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from src.distributed.processes import Processes
+    from src.runs.open import OpenedRun
     from src.training.module import Sampler
 
 
@@ -23,12 +25,11 @@ def sample(cfg: DictConfig) -> Path:
 
     Writes `samples.npz`, a grid of images, and an animation if `gif` is true. Images are also written as PNGs, and rows
     of a table as `samples.csv`. Sample k depends only on (seed, k) and its condition, not on `n`, `batch_size` or
-    `devices`. A GPU draws other random numbers than a CPU. The samples are divided equally among the conditions in
-    `cond`.
+    `devices`. A GPU draws other random numbers than a CPU. The conditions in `cond` get equal shares of the samples.
     """
     from src.runs import components, out_of_memory
     from src.runs.open import configure_inference, open_run, pick_device, sampler_of
-    from src.runs.sampling import draw_batches, read_prompts, resize_samples, write_samples
+    from src.runs.sampling import read_prompts, resize_samples, write_samples
 
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)  # before the slow imports
@@ -50,7 +51,6 @@ def sample(cfg: DictConfig) -> Path:
         processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
 
     import torch
-    from tqdm import tqdm
 
     from src.viz import images
 
@@ -58,23 +58,12 @@ def sample(cfg: DictConfig) -> Path:
     prompt_of = [k * len(prompts) // cfg.n for k in range(cfg.n)] if prompts else []
     batch_size = min(cfg.batch_size, -(-cfg.n // processes.count))
     batches = [range(start, min(start + batch_size, cfg.n)) for start in range(0, cfg.n, batch_size)]
-    frames: list[torch.Tensor] = []
 
     def cond_of(indices: range) -> "Tensor | None":
         return None if embedded is None else embedded[prompt_of[indices.start : indices.stop]]
 
-    with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(batch_size, processes.device)),
-        tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar,
-    ):
-
-        def on_step(indices: range, step: int, x: "Tensor", count: int) -> None:
-            bar.update(count if step else 0)
-            if cfg.gif and indices.start == 0:
-                frames.append(opened.data.postprocess(x[:8] if x.ndim > 2 else x).cpu())
-
-        filled = batch_size if cfg.compile else None
-        parts = [*draw_batches(opened, sampler, processes, batches, cfg.seed, filled, cond_of, on_step)]
+    with memory_errors(lambda: out_of_memory.sampling_oom_message(batch_size, processes.device)):
+        parts, frames = draw(cfg, opened, sampler, processes, batches, cond_of)
     if processes.rank > 0:
         return folder
     if frames:
@@ -91,6 +80,31 @@ def sample(cfg: DictConfig) -> Path:
     print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {summary}")
     print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(path)}")
     return folder
+
+
+def draw(
+    cfg: DictConfig,
+    opened: "OpenedRun",
+    sampler: "Sampler",
+    processes: "Processes",
+    batches: "Sequence[range]",
+    cond_of: "Callable[[range], Tensor | None]",
+) -> "tuple[list[Tensor], list[Tensor]]":
+    """Draw all samples; return them in parts, and the first samples at each noise level for an animation."""
+    from tqdm import tqdm
+
+    from src.runs.sampling import draw_batches
+
+    frames: list[Tensor] = []
+    with tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar:
+
+        def on_step(indices: range, step: int, x: "Tensor", count: int) -> None:
+            bar.update(count if step else 0)
+            if cfg.gif and indices.start == 0:
+                frames.append(opened.data.postprocess(x[:8] if x.ndim > 2 else x).cpu())
+
+        filled = len(batches[0]) if cfg.compile else None
+        return [*draw_batches(opened, sampler, processes, batches, cfg.seed, filled, cond_of, on_step)], frames
 
 
 def check_prompt_settings(cfg: DictConfig, sampler: "Sampler", num_prompts: int) -> None:

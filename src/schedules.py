@@ -32,7 +32,8 @@ def show_schedules(cfg: DictConfig) -> Path:
     from src.config.arguments import check_arguments
     from src.diffusion.noise import NoiseLevel, terminal_alpha_bar
     from src.rng import StepRng
-    from src.runs.components import build_schedule, inline_aliases, instantiate_node
+    from src.runs.components import build_schedule
+    from src.runs.nodes import inline_aliases, instantiate_node
     from src.viz import charts, images
 
     tables = {}

@@ -12,8 +12,7 @@ from src.config.cli import launch
 from src.config.output import relative
 from src.config.search_path import search_path_overrides
 from src.distributed.ranks import Interruption, handle_signals, rank
-from src.errors import UsageError, counted, memory_errors, usage_errors
-from src.quoting import command, format_override, shell_word
+from src.errors import UsageError, command, counted, format_override, memory_errors, shell_word, usage_errors
 from src.runs.autoencoder import is_autoencoder
 from src.runs.resolve import finished_job
 from src.training.checkpoints import is_intact, newest_first, read_checkpoint

@@ -10,7 +10,7 @@ FILES = sorted(SRC.rglob("*.py"))
 COMMANDS = {p.stem for p in SRC.glob("*.py") if 'if __name__ == "__main__"' in p.read_text()}
 STANDARD = set(sys.stdlib_module_names)
 LAYERS = (
-    {"errors", "rng", "cache", "quoting", "src", "diffusion", "models", "distributed", "viz"},
+    {"errors", "rng", "cache", "src", "diffusion", "models", "distributed", "viz"},
     {"data", "metrics", "interop"},
     {"training", "config"},
     {"evaluation"},
@@ -94,7 +94,7 @@ def test_mathematics_and_networks_need_torch_only():
 
 def test_hydra_appears_only_in_config_runs_and_commands():
     def rule(path):
-        allowed = {"config", "runs", "comparison", "quoting", *COMMANDS}
+        allowed = {"config", "runs", "comparison", *COMMANDS}
         return set() if package_of(path) in allowed else third_party(path) & {"hydra", "omegaconf"}
 
     assert offenders(rule) == []

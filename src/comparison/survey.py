@@ -9,8 +9,7 @@ import yaml
 
 from src.comparison.grouping import RunRecord, data_of, without_repeats
 from src.config.resume import newest_run, saved_overrides
-from src.errors import UsageError
-from src.quoting import format_override
+from src.errors import UsageError, format_override
 from src.runs.autoencoder import is_autoencoder
 from src.runs.checkpoints import find_checkpoint, flatten_settings, has_averages
 from src.runs.latents import has_autoencoder

@@ -51,8 +51,7 @@ from src.distributed.ranks import (
     run_as_worker,
     signals_blocked,
 )
-from src.errors import UsageError
-from src.quoting import escaped
+from src.errors import UsageError, escaped
 
 SPIN_COUNT = 5_000
 """Number of times that a libgomp thread of torch polls for work before it sleeps; libgomp's default is 300,000.

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from src.quoting import command
+from src.errors import command
 
 FOREIGN_NAMES = {
     # diffusers, guided-diffusion, EDM, denoising-diffusion-pytorch, Lightning.

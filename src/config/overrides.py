@@ -27,8 +27,7 @@ from src.config.rules import (
 )
 from src.config.search_path import CONF, config_folders, config_groups, load_option, unknown_option
 from src.config.words import key_of, last_value, parse_words, parsed
-from src.errors import UsageError, first_names, near_matches
-from src.quoting import format_override, shell_word
+from src.errors import UsageError, first_names, format_override, near_matches, shell_word
 
 MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups that merge several options into one configuration, as in logger=[csv,wandb]."""

@@ -12,8 +12,7 @@ from src.config.overrides import check_overrides
 from src.config.search_path import CONF
 from src.config.words import key_of, last_value, parsed
 from src.data import PATH_KEYS
-from src.errors import UsageError, first_line, near_matches
-from src.quoting import format_override, quoted, shell_word
+from src.errors import UsageError, first_line, format_override, near_matches, quoted, shell_word
 
 NAME_KEYS = (
     *(f"data.{name}" for name in ("columns", "condition_columns", "label", "types", "transforms")),

@@ -12,9 +12,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.keys import FOREIGN_OPTIONS
-from src.errors import UsageError, did_you_mean, near_matches
-from src.quoting import command as command_line
-from src.quoting import format_override, shell_word
+from src.errors import UsageError, did_you_mean, format_override, near_matches, shell_word
+from src.errors import command as command_line
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

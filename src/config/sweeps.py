@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from src.config.search_path import CONF
 from src.config.words import key_of
 from src.distributed.ranks import rank
-from src.quoting import command, format_override, literal
+from src.errors import command, format_override, literal
 
 
 @functools.cache

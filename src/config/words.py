@@ -15,8 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import run_folder
 from src.config.search_path import CONF, config_groups
-from src.errors import UsageError, did_you_mean, first_line
-from src.quoting import format_override, shell_word
+from src.errors import UsageError, did_you_mean, first_line, format_override, shell_word
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".parquet", ".json", ".jsonl")
 

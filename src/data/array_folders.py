@@ -15,8 +15,7 @@ from src.data.layout import SPLITS
 from src.data.overlap import check_overlap
 from src.data.scan import find_in
 from src.data.table_files import FILE_COLUMNS, read_table
-from src.errors import first_names
-from src.quoting import format_override
+from src.errors import first_names, format_override
 
 LABEL_NAMES = {"label", "labels", "target", "targets"}
 """Words in the names of files that hold the classes of the samples beside them, such as train_labels.npy."""

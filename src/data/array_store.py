@@ -18,8 +18,7 @@ from src.data.decode import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
 from src.data.pixel_store import default_cache_dir, fill_cache, store_key
-from src.errors import DataReadError
-from src.quoting import format_override
+from src.errors import DataReadError, format_override
 
 log = logging.getLogger(__name__)
 

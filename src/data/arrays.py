@@ -30,8 +30,7 @@ from src.data.layout import class_by_pattern, class_folders
 from src.data.module import Coupling
 from src.data.sources import to_uint8
 from src.data.table_files import labels_from_names
-from src.errors import DataReadError, counted, first_names
-from src.quoting import format_override
+from src.errors import DataReadError, counted, first_names, format_override
 
 MAX_VALUES = 65536
 """Largest number of integer values for a discrete likelihood; data with more values are treated as continuous."""

@@ -13,8 +13,7 @@ from src.data.label_table import group_by_image
 from src.data.layout import class_folders
 from src.data.table_files import FILE_COLUMNS, read_pairs
 from src.data.table_text import decode_text
-from src.errors import counted, first_names
-from src.quoting import format_override
+from src.errors import counted, first_names, format_override
 
 TABLES = tuple(f"metadata.{ending}" for ending in ("csv", "jsonl", "tsv", "json", "parquet"))
 """Files with captions in the image folder, in the format of Hugging Face's ImageFolder."""
@@ -51,11 +50,8 @@ def captioned(
         file_column: its column with the images' files, relative to the first root; None takes one of `FILE_COLUMNS`.
         caption_column: its column with the captions; None takes one of `CAPTION_COLUMNS`.
 
-    The other arguments are those of `src.data.folder.folder`.
-
-    Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: For images without a caption, empty captions and captions without an image, and as `folder` does.
+    The other arguments are those of `src.data.folder.folder`. Raises FileNotFoundError if the folder does not exist,
+    and ValueError for images without a caption, empty captions and captions without an image, and as `folder` does.
     """
     found, classes = class_folders(find(root, val_root, pages))
     path = found.root

@@ -22,8 +22,7 @@ from src.data.dates import (
 )
 from src.data.table_files import Table, sorted_names
 from src.data.table_text import cell_text, to_numbers
-from src.errors import first_names
-from src.quoting import format_override, shell_word
+from src.errors import first_names, format_override, shell_word
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -76,9 +76,7 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
         at_least: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if no side becomes smaller.
         channels: the number of channels that is wanted, to recognize (C, H, W); otherwise the smallest of three is C.
 
-    Raises:
-        OSError: If the file cannot be read.
-        ValueError: If the contents are not an image, or not finite.
+    Raises OSError if the file cannot be read, and ValueError if the contents are not an image, or not finite.
     """
     match _kind(stream):
         case "empty":

@@ -18,11 +18,10 @@ from src.data.layout import Depth, class_by_pattern, class_folders, describe_dep
 from src.data.module import Coupling
 from src.data.multi_file import combine, describe_channels
 from src.data.overlap import check_overlap
-from src.data.repeats import check_repeats, repeat_indices
 from src.data.scan import find_in
 from src.data.sources import Covariates, Source, describe_conditions
 from src.data.table_files import FILE_COLUMNS
-from src.quoting import format_override
+from src.errors import format_override
 
 
 class OpenFiles(Protocol):
@@ -100,6 +99,28 @@ class FolderDataModule(ImageDataModule):
         return repeat_indices(self.train_indices, getattr(self.source, "found", None), self.repeats)
 
 
+def check_repeats(repeats: Sequence[int] | None, root: Any) -> list[int] | None:
+    """Return `data.repeats`. Raises ValueError unless it has an integer of at least 1 for each root."""
+    if repeats is None:
+        return None
+    roots = 1 if root is None or isinstance(root, str) else len(root)
+    counts = list(repeats) if isinstance(repeats, Sequence) else [repeats]
+    if len(counts) != roots or not all(isinstance(count, int) and count >= 1 for count in counts):
+        raise ValueError(
+            f"{format_override('data.repeats', repeats)} must have an integer of at least 1 for each of the "
+            f"{roots} folders of data.root; change it, or leave it out"
+        )
+    return counts
+
+
+def repeat_indices(indices: Sequence[int], found: object, repeats: Sequence[int]) -> list[int]:
+    """Return each index as often as `repeats` says for its root. Raises ValueError for images without folders."""
+    if not isinstance(found, FoundImages):
+        raise ValueError("data.repeats is for folders of images; leave it out")
+    which = found.which.tolist()
+    return [index for index in indices for _ in range(repeats[which[index]])]
+
+
 def refuse_val_root(val_root: str | None, fix: str) -> None:
     """Raise ValueError if a folder for validation is set for a source that takes none."""
     if val_root is not None:
@@ -150,11 +171,9 @@ def folder(
         val_root: the folder or archive of the validation images. None takes a folder for validation in `root`, or
             the fraction `data.val_fraction`.
 
-    Raises:
-        FileNotFoundError: If the folder or file does not exist.
-        DataReadError: If images cannot be read, unless `skip_unreadable` allows it.
-        ValueError: If there are no images, images without a class in the table, images of different types, or values
-            that are constant or use little of their range.
+    Raises FileNotFoundError if the folder or file does not exist, DataReadError if images cannot be read, unless
+    `skip_unreadable` allows it, and ValueError if there are no images, images without a class in the table, images of
+    different types, or values that are constant or use little of their range.
     """
     if labels is not None and class_pattern is not None:
         raise ValueError(f"data.source.labels={labels} and data.source.class_pattern exclude each other; remove one")

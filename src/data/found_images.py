@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from src.data.archives import open_member
 from src.data.encoded import EncodedImages, Names
-from src.errors import counted, first_names
-from src.quoting import format_override
+from src.errors import counted, first_names, format_override
 
 
 @dataclass(frozen=True)

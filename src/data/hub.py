@@ -16,8 +16,7 @@ from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
 from src.data.layout import SPLITS
 from src.data.sources import Labels
-from src.errors import counted, did_you_mean, first_names, one_line
-from src.quoting import format_override
+from src.errors import counted, did_you_mean, first_names, format_override, one_line
 
 BATCH = 1000
 """Number of rows whose sizes are read at a time."""
@@ -52,9 +51,6 @@ def hub(
     Args:
         root: `user/dataset` on the hub, or a folder: written by `Dataset.save_to_disk`, of Parquet files, of images,
             or in any other format of `datasets.load_dataset`.
-        image_size: size of the returned images in pixels: one number or (H, W).
-        channels: number of channels of the returned images.
-        prepare: unused; the library downloads files when they are missing.
         subset: the configuration of a dataset that has several.
         revision: the branch, tag or commit of the dataset.
         split, val_split: the splits for training and validation. None uses those with the usual names, and
@@ -63,12 +59,9 @@ def hub(
             classes and of text.
         streaming: read the first `max_samples` of each split over the network, instead of downloading all files.
         max_samples: use only the first samples of each split, up to this number; None uses all.
-        val_root: must be None.
-        fit, background, pages, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
 
-    Raises:
-        ValueError: If the dataset cannot be opened, a column or split is unknown or ambiguous, the splits have the
-            same images, or for the reasons of `folder`.
+    The other arguments are those of `src.data.folder.folder`; `val_root` must be None. Raises ValueError if the dataset
+    cannot be opened, a column or split is unknown or ambiguous, the splits have the same images, or as `folder` does.
     """
     refuse_val_root(val_root, "leave it out, or set data.source.val_split")
     if root is None:

@@ -23,8 +23,7 @@ from src.data.pixel_store import PixelStore, default_cache_dir, load_sample, ope
 from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, Labels
 from src.data.table_files import labels_from_names
-from src.errors import DataReadError, first_names
-from src.quoting import format_override
+from src.errors import DataReadError, first_names, format_override
 
 MAX_SKIPPED = 0.1
 """Largest share of images that `skip_unreadable=true` leaves out; a number sets another share."""

@@ -23,7 +23,7 @@ from src.data.fit import ImageSpec, height_and_width, prepare_image, spatial_siz
 from src.data.module import BaseDataModule, Coupling
 from src.data.read_errors import read_with_retries
 from src.data.sources import Covariates, InMemory, Labels, Source, normalize, to_uint8
-from src.quoting import format_override
+from src.errors import format_override
 from src.rng import StepRng
 
 HORIZONTAL = r"\b(left|right)"

@@ -16,6 +16,8 @@ from xml.etree import ElementTree
 import numpy as np
 import numpy.typing as npt
 import torch
+from fontTools.pens.recordingPen import RecordingPen
+from fontTools.svgLib.path import parse_path
 from PIL import Image, ImageDraw
 
 from src.data.glyphs import Glyphs, GlyphSource, load_glyphs, package_files, square_size
@@ -35,8 +37,6 @@ MIN_OTHERS = 3
 SVG, KVG = "{http://www.w3.org/2000/svg}", "{http://kanjivg.tagaini.net}"
 FILE = re.compile(r"([0-9a-f]{5})\.svg")  # variants have a suffix, such as -Kaisho
 IDEOGRAPHS = range(0x4E00, 0xA000)
-TOKEN = re.compile(r"[A-Za-z]|[-+]?(?:\d*\.\d+|\d+\.?)(?:[eE][-+]?\d+)?")
-NUM_VALUES = {"M": 2, "L": 2, "H": 1, "V": 1, "C": 6, "S": 4, "Z": 0}
 
 POSITIONS = {
     "left": "left",
@@ -149,46 +149,21 @@ def read_character(path: Path) -> Character:
 def bezier_curves(path: str) -> Points:
     """Return the cubic Bézier curves (N, 4, 2) of the `d` attribute of an SVG path: start, two control points, end.
 
-    Knows the commands M, L, H, V, C, S and Z. A straight line has its control points at thirds of its length. Raises
-    ValueError for other commands.
-    Source: SVG 1.1, section 8.3.
+    A straight line has its control points at thirds of its length. Raises ValueError for an invalid path, and for
+    quadratic curves.
     """
-    tokens = TOKEN.findall(path)
-    curves: list[list[float]] = []
-    x = y = left = top = 0.0  # the current point, and where the subpath began
-    control: tuple[float, float] | None = None  # the second control point of the previous curve
-    command, k = "", 0
-    while k < len(tokens):
-        if tokens[k].isalpha():
-            command, k = tokens[k], k + 1
-        kind = command.upper()
-        count = NUM_VALUES.get(kind)
-        if count is None or (count == 0 and k < len(tokens) and not tokens[k].isalpha()):
-            raise ValueError(f"unknown command {command!r} in the path {path!r:.60}")
-        values = [float(token) for token in tokens[k : k + count]]
-        k += count
-        if kind == "H":
-            values = [values[0], 0.0 if command == "h" else y]
-        elif kind == "V":
-            values = [0.0 if command == "v" else x, values[0]]
-        elif kind == "Z":
-            values, command = [left, top], "Z"
-        if command.islower():
-            values = [value + (y if i % 2 else x) for i, value in enumerate(values)]
-        if kind == "M":
-            x, y = left, top = values
-            command = "l" if command == "m" else "L"  # further points of a moveto are lines
-            control = None
-            continue
-        if kind == "S":
-            values = [*((x, y) if control is None else (2 * x - control[0], 2 * y - control[1])), *values]
-        if kind in "LHVZ":
-            end = values
-            values = [x + (end[0] - x) / 3, y + (end[1] - y) / 3, end[0] - (end[0] - x) / 3, end[1] - (end[1] - y) / 3]
-            values += end
-        curves.append([x, y, *values])
-        control = (values[2], values[3]) if kind in "CS" else None
-        x, y = values[4:]
+    pen = RecordingPen()
+    parse_path(path, pen)
+    curves, start = [], np.zeros(2)
+    for command, points in pen.value:
+        if command == "qCurveTo":
+            raise ValueError(f"unknown command of a quadratic curve in the path {path!r:.60}")
+        end = np.array(points[-1] if points else start)
+        if command == "lineTo":
+            curves.append([start, start + (end - start) / 3, end - (end - start) / 3, end])
+        elif command == "curveTo":
+            curves.append([start, *points])
+        start = end
     return np.array(curves).reshape(-1, 4, 2)
 
 

@@ -16,8 +16,7 @@ from src.data.module import BaseDataModule
 from src.data.pixel_store import default_cache_dir, fill_cache
 from src.data.sources import Source
 from src.data.split import hash_ids, sample_ids
-from src.errors import memory_errors
-from src.quoting import format_override
+from src.errors import format_override, memory_errors
 
 VERSION = 1
 """Changes whenever the same images and the same autoencoder give other latents."""

@@ -17,8 +17,7 @@ from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
-from src.errors import one_line
-from src.quoting import format_override
+from src.errors import format_override, one_line
 
 _OPEN: dict[Path, tuple[int, Any]] = {}
 """The process that opened each database, and the database."""
@@ -41,12 +40,9 @@ def lsun(
 ) -> ImageSource:
     """Open the databases `<root>/<name>_lmdb` of the names in `classes`, such as `bedroom_train`.
 
-    Several databases are classes. The other arguments are those of `src.data.folder.folder`.
-
-    Raises:
-        FileNotFoundError: If a database does not exist.
-        ValueError: If the package lmdb is missing, a database cannot be read, occurs twice or has test
-            images, or as `folder` does.
+    Several databases are classes. The other arguments are those of `src.data.folder.folder`. Raises FileNotFoundError
+    if a database does not exist, and ValueError if the package lmdb is missing, a database cannot be read, occurs twice
+    or has test images, or as `folder` does.
     """
     refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     names = [classes] if isinstance(classes, str) else list(classes)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from src.quoting import format_override
+from src.errors import format_override
 
 
 def check_overlap(roots: Sequence[str | None], val_root: str | None) -> None:

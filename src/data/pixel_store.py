@@ -75,17 +75,9 @@ class PixelStore(NamedTuple):
         return self.pixels[start : start + math.prod(shape)].reshape(shape)
 
 
-class _Part(NamedTuple):
-    """What a process reports about the images that it decoded, with their pixels if their shapes differ."""
-
-    indices: list[int]
-    low: list[float]
-    high: list[float]
-    sizes: list[tuple[int, int]]
-    frames: list[int]
-    types: list[str]
-    errors: dict[int, str]
-    pixels: list[Array]
+Part = tuple[dict[int, Loaded], dict[int, str]]
+"""Images that a process has decoded, by index, and why others cannot be read. Only images of different shapes have
+their `pixels`; others are in the file."""
 
 
 def default_cache_dir() -> Path:
@@ -191,16 +183,15 @@ def _write(folder: Path, found: EncodedImages, spec: ImageSpec) -> None:
         sizes, frames = np.zeros((len(found), 2), np.int64), np.zeros(len(found), np.int64)
         types, errors = np.zeros(len(found), "U16"), {}
         places, end = np.zeros((len(found), 4), np.int64), 0
-        for part in _decode_all(found, spec, path, dtype, needed):
-            errors.update(part.errors)
-            if done := part.indices:
-                low[done], high[done], sizes[done] = part.low, part.high, part.sizes
-                frames[done], types[done] = part.frames, part.types
+        for images, unread in _decode_all(found, spec, path, dtype, needed):
+            errors.update(unread)
             with path.open("ab") as file:
-                for index, pixels in zip(part.indices, part.pixels, strict=bool(part.pixels)):
-                    places[index] = end, *pixels.shape
-                    end += pixels.size
-                    file.write(pixels.tobytes())
+                for k, image in images.items():
+                    low[k], high[k], sizes[k], frames[k], types[k] = image[1:]
+                    if varies:
+                        places[k] = end, *image.pixels.shape
+                        end += image.pixels.size
+                        file.write(image.pixels.tobytes())
         if dtype == "float32" or set(types) <= {"", "bool", "uint8"}:
             break
     if varies:
@@ -223,7 +214,7 @@ def _storage_type(found: EncodedImages, spec: ImageSpec) -> str:
     return "uint8"
 
 
-def _decode_all(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, needed: int) -> Iterator[_Part]:
+def _decode_all(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, needed: int) -> Iterator[Part]:
     """Decode all images into the file `path`, and yield what is found out about them."""
     from tqdm import tqdm
 
@@ -237,11 +228,11 @@ def _decode_all(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, n
         logger.info(title)
     with bar:
         for part in _run(work, chunks, processes if len(found) >= MIN_PARALLEL else 1):
-            bar.update(len(part.indices) + len(part.errors))
+            bar.update(len(part[0]) + len(part[1]))
             yield part
 
 
-def _run(work: Any, chunks: Sequence[range], processes: int) -> Iterable[_Part]:
+def _run(work: Any, chunks: Sequence[range], processes: int) -> Iterable[Part]:
     if processes == 1:
         return map(work, chunks)
     # A forked process needs no imports, and never uses torch or the device.
@@ -249,7 +240,7 @@ def _run(work: Any, chunks: Sequence[range], processes: int) -> Iterable[_Part]:
     return _run_in_processes(chunks, ProcessPoolExecutor(processes, context, _start_process, (work,)))
 
 
-def _run_in_processes(chunks: Sequence[range], pool: ProcessPoolExecutor) -> Iterator[_Part]:
+def _run_in_processes(chunks: Sequence[range], pool: ProcessPoolExecutor) -> Iterator[Part]:
     try:
         yield from pool.map(_work_on, chunks)
     except BrokenProcessPool as error:
@@ -258,43 +249,35 @@ def _run_in_processes(chunks: Sequence[range], pool: ProcessPoolExecutor) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
-_work: Callable[[range], _Part] | None = None
+_work: Callable[[range], Part] | None = None
 
 
-def _start_process(work: Callable[[range], _Part]) -> None:
+def _start_process(work: Callable[[range], Part]) -> None:
     """Store the work once per process, since it holds all names, and leave Ctrl-C to the process that started it."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _work_on(chunk: range) -> _Part:
+def _work_on(chunk: range) -> Part:
     assert _work is not None
     return _work(chunk)
 
 
-def _decode_chunk(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> _Part:
+def _decode_chunk(found: EncodedImages, spec: ImageSpec, path: Path, dtype: str, indices: range) -> Part:
     """Decode some images into their places in the file `path`, or return their pixels if their shapes differ."""
-    varies = spec.varies
-    pixels = np.zeros((0 if varies else len(indices), spec.channels, *spec.size), dtype)
-    part = _Part([], [], [], [], [], [], {}, [])
+    pixels = np.zeros((0 if spec.varies else len(indices), spec.channels, *spec.size), dtype)
+    images, errors = dict[int, Loaded](), dict[int, str]()
     for row, index in enumerate(indices):
         image, reason = try_load(found, spec, index)
         if image is None:
-            part.errors[index] = reason
+            errors[index] = reason
             continue
-        if varies:
-            part.pixels.append(image.pixels.astype(dtype))
-        elif dtype == "float32" or image.type in ("bool", "uint8"):  # otherwise all are decoded again, as float32
-            pixels[row] = image.pixels
-        part.indices.append(index)
-        part.low.append(image.low)
-        part.high.append(image.high)
-        part.sizes.append(image.size)
-        part.frames.append(image.frames)
-        part.types.append(image.type)
-    if not varies:
+        if not spec.varies and (dtype == "float32" or image.type in ("bool", "uint8")):
+            pixels[row] = image.pixels  # otherwise all are decoded again, as float32
+        images[index] = image._replace(pixels=image.pixels.astype(dtype) if spec.varies else np.empty(0))
+    if not spec.varies:
         with path.open("r+b") as file:
             file.seek(indices.start * pixels[0].nbytes)
             file.write(pixels.tobytes())
-    return part
+    return images, errors

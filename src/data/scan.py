@@ -14,8 +14,7 @@ from src.data.encoded import Names
 from src.data.found_images import FoundImages, suffix_of
 from src.data.layout import splits_of
 from src.data.overlap import lies_in
-from src.errors import absence
-from src.quoting import format_override
+from src.errors import absence, format_override
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),

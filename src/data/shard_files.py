@@ -14,7 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from src.quoting import format_override
+from src.data.pixel_store import fill_cache
+from src.errors import format_override
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 """The first bytes of files compressed by gzip, bzip2 and xz."""
@@ -55,24 +56,16 @@ def cached_shard(url: str, store: Path, setting: str) -> Path:
 
 
 def _store_once(target: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write the file `target` by `write` unless it exists; it appears only when it is complete."""
-    from filelock import FileLock
+    """Write the file `target`, alone in its folder, by `write` unless it exists; it appears only when complete."""
 
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f"{target.name}.lock")):
-        if target.exists():
-            return
-        partial_file = target.with_name(f"{target.name}.partial")
-        try:
-            with partial_file.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial_file, target)
-        finally:
-            partial_file.unlink(missing_ok=True)
+    def fill(folder: Path) -> None:
+        with (folder / target.name).open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    if not target.exists():
+        fill_cache(target.parent, lambda _: target if target.exists() else None, fill)
 
 
 def _download(url: str, file: BinaryIO) -> None:

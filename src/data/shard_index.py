@@ -18,8 +18,7 @@ from src.data.archives import tar_places
 from src.data.decode import ARRAY_SUFFIXES, image_suffixes
 from src.data.encoded import Names
 from src.data.shard_files import damaged_shard
-from src.errors import counted, first_names
-from src.quoting import format_override
+from src.errors import counted, first_names, format_override
 
 CAPTION_KEYS = ("txt", "text", "caption", "captions")
 """Extensions of files with the caption, or keys of the .json file."""

@@ -7,7 +7,6 @@ or removing samples does not move others.
 
 import hashlib
 import math
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from src.cache import write_atomically
 from src.data.sources import Source
 
 Hashes = npt.NDArray[np.uint64]
@@ -88,15 +88,10 @@ class DataFingerprint(NamedTuple):
         return cls(hashes[order], _stamps(source)[order], split_seed, val_fraction, bound)
 
     def write(self, path: Path) -> None:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         metadata = {name: str(value) for name, value in self._asdict().items() if name not in ("hashes", "stamps")}
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            save_file({"hashes": self.hashes, "stamps": self.stamps}, partial, metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, save({"hashes": self.hashes, "stamps": self.stamps}, metadata))
 
     @classmethod
     def read(cls, path: Path) -> "DataFingerprint | None":
@@ -158,13 +153,11 @@ def _stamps(source: Source) -> Hashes:
 
 def _surplus(some: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
     """Return which hashes (N,) exceed their number among `others`; of equal hashes, the last ones."""
-    order = np.argsort(some, kind="stable")
-    ordered = some[order]
-    repeat = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)  # 0 for the first of equal hashes, then 1, ...
-    others = np.sort(others)
-    count = np.searchsorted(others, ordered, side="right") - np.searchsorted(others, ordered)
-    surplus = np.zeros(len(some), bool)
-    surplus[order] = repeat >= count
+    import pandas as pd
+
+    hashes = pd.Series(some)
+    counts = hashes.map(pd.Series(others).value_counts()).fillna(0)
+    surplus: npt.NDArray[np.bool_] = (hashes.groupby(hashes).cumcount() >= counts).to_numpy()
     return surplus
 
 

@@ -105,13 +105,9 @@ class TableDataModule(BaseDataModule):
         self.notes: list[str] = []
         self.label_note = ""
         self.file: dict[str, Any] = {}
-        self._stores_encoders = True
         self._table: Table | None = None  # from the constructor to the first use
         if encoders is not None:
             self.encoders, self.file = from_json(encoders)
-        elif columns and mean is not None and std is not None:
-            self.encoders = [Column(name) for name in columns]  # a run from before encoders existed
-            self._stores_encoders = False
         else:
             self._table = self.read()
             inferred_mean, inferred_std = self._infer(self._table)
@@ -143,7 +139,7 @@ class TableDataModule(BaseDataModule):
             "columns": self.names,
             "mean": self.mean.tolist(),
             "std": self.scale.tolist(),
-            "encoders": to_json(self.encoders, **self.file) if self._stores_encoders else None,
+            "encoders": to_json(self.encoders, **self.file),
         }
 
     @property

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +14,7 @@ from src.data.dates import EPOCHS, UNIT_NAMES, dates_of_texts
 from src.data.sources import Labels
 from src.data.table_files import Table
 from src.data.table_text import to_number
-from src.errors import did_you_mean, first_names
-from src.quoting import format_override
+from src.errors import did_you_mean, first_names, format_override
 
 TYPES = (*get_args(ColumnType), *EPOCHS, "id", "text")
 """Values of `data.types`, besides the format of a date; the last two leave a column out."""
@@ -66,19 +65,13 @@ class ColumnSettings:
                 used[name] = setting
 
 
-class InferredColumns(NamedTuple):
-    """The columns to model, without rows of missing cells, and notes for the start of a run."""
+def infer_columns(
+    table: Table, settings: ColumnSettings
+) -> tuple[list[Column], list[Cells], dict[str, str], list[str]]:
+    """Return the columns to model with their cells, why others are left out, and what was detected.
 
-    columns: list[Column]
-    cells: list[Cells]
-    left_out: dict[str, str]
-    """The reason for each column that is left out."""
-    notes: list[str]
-    """What was detected."""
-
-
-def infer_columns(table: Table, settings: ColumnSettings) -> InferredColumns:
-    """Infer the columns to model. Raises ValueError if there are none, and for missing, invalid or constant cells."""
+    Rows of missing cells are left out. Raises ValueError without columns, and for missing, invalid or constant cells.
+    """
     parsed, left_out = _parse_free_columns(table, settings)
     conditions = {name: condition_cells(table, name) for name in settings.condition_columns}
     _, kept = complete_rows(table, {**parsed, **conditions}, settings)
@@ -106,7 +99,7 @@ def infer_columns(table: Table, settings: ColumnSettings) -> InferredColumns:
             notes.append(doubt)
         columns.append(column)
         complete.append(cells)
-    return InferredColumns(columns, complete, left_out, notes)
+    return columns, complete, left_out, notes
 
 
 def _parse_free_columns(table: Table, settings: ColumnSettings) -> tuple[dict[str, Cells], dict[str, str]]:

@@ -25,8 +25,7 @@ from src.data.table_text import (
     find_decimal,
     find_separator,
 )
-from src.errors import absence, one_line
-from src.quoting import format_override
+from src.errors import absence, format_override, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,9 +106,8 @@ def read_table(
     separator and decimal sign of text are detected if they are None. `header=None` rejects a first row that looks like
     data; False names the columns c0, c1, ...
 
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it cannot be read, has no rows, rows of different lengths, or two columns with one name.
+    Raises FileNotFoundError if the file does not exist, and ValueError if it cannot be read, has no rows, rows of
+    different lengths, or two columns with one name.
     """
     if not path.is_file():
         raise FileNotFoundError(

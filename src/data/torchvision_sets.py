@@ -70,15 +70,8 @@ def torchvision_files(
 ) -> ImageSource:
     """Open a torchvision dataset of image files: CelebA, or any whose constructor takes `loader`.
 
-    Args:
-        root: the folder of the dataset.
-        image_size: of the images that are returned, in pixels: one number or (H, W).
-        channels: of the images that are returned.
-        prepare: download the files if they are missing.
-        dataset: its constructor.
-        fit, background, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
-
-    Raises ValueError if the files are missing and cannot be downloaded, or as `folder` does.
+    `prepare` downloads the files if they are missing. The other arguments are those of `src.data.folder.folder`. Raises
+    ValueError if the files are missing and cannot be downloaded, or as `folder` does.
     """
     refuse_val_root(val_root, "leave it out, or set data.val_fraction")
     takes_loader = "loader" in inspect.signature(dataset).parameters

@@ -25,8 +25,7 @@ from src.data.image_source import ImageSource, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, ShardIndex, build_index, read_index, write_index
-from src.errors import absence, counted
-from src.quoting import format_override
+from src.errors import absence, counted, format_override
 
 VERSION = 2
 """Version of the index; increase it when the same shards would produce another index."""
@@ -55,19 +54,14 @@ def shards(
     Args:
         root: paths or http(s) URLs of the shards, one or several, with braces such as `{0000..0009}` or `*`. Shards
             from the network and compressed shards are stored in `cache_dir` once.
-        image_size: size of the returned images in pixels: one number or (H, W).
-        channels: number of channels of the returned images.
-        prepare: unused; shards are downloaded when they are missing.
         val_root: the shards for validation (`data.val_urls`). None takes `data.val_fraction` of the samples.
         image_key: the extension of the images, or several separated by `;`. None uses the only image of each sample.
         caption_key, label_key: the extension of the file, or the key in the .json file, with the caption or the class.
             None uses the first of `CAPTION_KEYS` or `LABEL_KEYS` that exists.
-        fit, background, pages, value_range, skip_unreadable, cache, cache_dir: as in `src.data.folder.folder`.
 
-    Raises:
-        FileNotFoundError: If a shard does not exist.
-        ValueError: If a shard occurs twice, is truncated or cannot be downloaded, if a sample has several images or
-            lacks the caption or class that a key names, or for the reasons of `folder`.
+    The other arguments are those of `src.data.folder.folder`. Raises FileNotFoundError if a shard does not exist, and
+    ValueError if a shard occurs twice, is truncated or cannot be downloaded, if a sample has several images or lacks
+    the caption or class that a key names, or as `folder` does.
     """
     store = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "shards"
     train_urls = expand_urls(root, "data.urls")

@@ -53,8 +53,7 @@ def diffusers(
     predicts from x and yields x. Learned variances are ignored. DDIMScheduler and PNDMScheduler need a number of steps
     that divides `schedule.num_steps`.
 
-    Raises:
-        ValueError: If the scheduler is unknown or not for sampling with betas, or if the schedule has no betas.
+    Raises ValueError if the scheduler is unknown or not for sampling with betas, or if the schedule has no betas.
     """
     steps, schedule = len(time_grid) - 1, time_grid.schedule
     if not isinstance(schedule, NoiseSchedule):

@@ -103,16 +103,9 @@ def settings_of(config: Mapping[str, Any], num_steps: float, first_step: int = 0
 def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -> dict[str, Any]:
     """Return the configuration of the UNet2DModel that has the weights of our U-Net with the arguments `model`.
 
-    `num_classes` is the number of rows of the class embedding. Raises ValueError, naming the setting, if there is none.
+    The network has no patches, and resolutions are integers. `num_classes` is the number of rows of the class
+    embedding. Raises ValueError, naming the setting, if there is none.
     """
-    size, factor = model["image_size"], 2 ** (len(model["channel_mult"]) - 1)
-    sides = [size] * 2 if isinstance(size, int) else list(size)
-    if len(sides) != 2 or any(side % factor for side in sides):
-        raise ValueError(f"model.image_size={size} must be two sides that {factor} divides, for format=diffusers")
-    if model["patch_size"] != 1:
-        raise ValueError(
-            f"model.patch_size={model['patch_size']} must be 1 for a UNet2DModel; use patches in another format"
-        )
     if model["num_head_channels"] is None and model["num_heads"] != 1:
         raise ValueError(
             f"model.num_heads={model['num_heads']} must be 1 for a UNet2DModel; set model.num_head_channels"
@@ -128,7 +121,7 @@ def config_of(model: Mapping[str, Any], outputs: int, num_classes: int | None) -
     groups = model.get("norm_groups") or fit_groups(model["model_channels"])
     resample = "resnet" if resampling else "conv"
     return {
-        "sample_size": size,
+        "sample_size": model["image_size"],
         "in_channels": model["channels"],
         "out_channels": model["channels"] * outputs,
         "flip_sin_to_cos": False,

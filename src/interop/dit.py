@@ -6,18 +6,15 @@ velocity from noise to data, the negative of ours.
 Source: Peebles & Xie 2022 (arXiv 2212.09748); Ma et al. 2024 (arXiv 2401.08740).
 """
 
-import argparse
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from src.errors import did_you_mean
 from src.interop.diffusers_dit import PAPER, TABLE, convert
-from src.interop.imported import ImportedModel, check_weights
+from src.interop.imported import ImportedModel, check_weights, parse_flags
 from src.models.attention import sincos_positions
 from src.models.dit import DiT
 
@@ -52,10 +49,12 @@ IGNORED = (
 def read_dit(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     """Return the model of a state dict and of flags of the authors' `sample.py`, of which `--model` is required.
 
-    Raises:
-        ValueError: If a flag is unknown or contradicts the weights, or if our DiT has no such network.
+    Raises ValueError if a flag is unknown or contradicts the weights, or if our DiT has no such network.
     """
-    typed = _parse(flags)
+    kinds: dict[str, type] = dict.fromkeys(["image-size", "num-classes", "num-heads"], int)
+    kinds |= dict.fromkeys(["model", "path-type", "prediction", *IGNORED.split()], str)
+    fix = "write those of sample.py, such as --model DiT-XL/2"
+    typed = parse_flags(flags, kinds, "DiT or SiT", fix, words=("ODE", "SDE"))
     try:
         model, is_sit = _network(weights, typed)
     except KeyError as error:
@@ -153,24 +152,3 @@ def _classes(ours: Mapping[str, Tensor], typed: Mapping[str, Any]) -> tuple[int 
             "leave it out"
         )
     return classes, classes < rows
-
-
-def _parse(flags: str) -> dict[str, Any]:
-    """Return the flags that were typed."""
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
-    )
-    integers, texts = ["image-size", "num-classes", "num-heads"], ["model", "path-type", "prediction", *IGNORED.split()]
-    for flag in (*integers, *texts):
-        parser.add_argument(f"--{flag}", type=int if flag in integers else str)
-    try:
-        parsed, unknown = parser.parse_known_args(shlex.split(flags))
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(
-            f"init_from.flags={flags!r} cannot be read: {error}; write those of sample.py, such as --model DiT-XL/2"
-        ) from error
-    if unknown := [word for word in unknown if word not in ("ODE", "SDE")]:
-        flag = unknown[0].partition("=")[0]
-        hint = did_you_mean(flag, [f"--{known}" for known in (*integers, *texts)])
-        raise ValueError(f"init_from.flags: {flag} is not a flag of DiT or SiT; {hint}")
-    return vars(parsed)

@@ -90,8 +90,7 @@ def pickle_error(path: Path) -> ValueError:
 def read_edm(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ImportedModel:
     """Return the model of the tensors and metadata that `CONVERT` writes.
 
-    Raises:
-        ValueError: If the network has parts that our U-Net does not have.
+    Raises ValueError if the network has parts that our U-Net does not have.
     """
     kind, kwargs = _arguments(metadata)
     is_adm = kind == "DhariwalUNet"
@@ -132,8 +131,7 @@ def edm_process(sigma_data: float) -> tuple[dict[str, Any], dict[str, Any]]:
 def read_arguments(metadata: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """Return the class around the network in the metadata that `CONVERT` writes, and its arguments.
 
-    Raises:
-        ValueError: If the metadata are damaged.
+    Raises ValueError if the metadata are damaged.
     """
     try:
         described = json.loads(metadata["edm"])

@@ -53,8 +53,7 @@ TOP = {
 def read_edm2(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ImportedModel:
     """Return the model of the tensors and metadata that `CONVERT` writes for a network of EDM2, in its class `Precond`.
 
-    Raises:
-        ValueError: If the network has parts that our network does not have.
+    Raises ValueError if the network has parts that our network does not have.
     """
     _, kwargs = read_arguments(metadata)
     if unknown := sorted(kwargs.keys() - OURS.keys() - REQUIRED.keys() - IGNORED):

@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from src.errors import one_line
-from src.quoting import format_override
+from src.errors import format_override, one_line
 
 SCHEME = "hf://"
 MODEL_FILE = "model.safetensors"

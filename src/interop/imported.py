@@ -1,7 +1,8 @@
 """A model of another project in the terms of this one."""
 
-from argparse import Namespace
-from collections.abc import Mapping
+import shlex
+from argparse import SUPPRESS, ArgumentError, ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from src.errors import first_names
+from src.errors import did_you_mean, first_names
 from src.models.conditioning import ClassEmbedding
 from src.models.dit import DiT
 from src.models.unet import UNet
@@ -44,8 +45,7 @@ def read_pt(path: Path) -> dict[str, Tensor]:
 
     Of a checkpoint of training, as the scripts of DiT and SiT write it, these are its averaged weights, `ema`.
 
-    Raises:
-        ValueError: If the file holds anything but named tensors.
+    Raises ValueError if the file holds anything but named tensors.
     """
     try:
         with torch.serialization.safe_globals([Namespace]):  # their arguments, which only have values
@@ -60,6 +60,27 @@ def read_pt(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"init_from={path} must hold named tensors only; save the state_dict() of the model alone")
     return {str(name): value for name, value in weights.items()}
+
+
+def parse_flags(
+    flags: str, kinds: Mapping[str, Callable[[str], Any]], projects: str, fix: str, words: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the typed flags of a script of `projects`, by name with underscores; `kinds` has the type of each.
+
+    `words` may stand beside them. Raises ValueError, with a `fix`, for flags that cannot be read, and for unknown ones.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=SUPPRESS)
+    for flag, kind in kinds.items():
+        parser.add_argument(f"--{flag}", type=kind)
+    try:
+        parsed, unknown = parser.parse_known_args(shlex.split(flags))
+    except (ArgumentError, ValueError) as error:
+        raise ValueError(f"init_from.flags={flags!r} cannot be read: {error}; {fix}") from error
+    if unknown := [word for word in unknown if word not in words]:
+        flag = unknown[0].partition("=")[0]
+        hint = did_you_mean(flag, [f"--{known}" for known in kinds])
+        raise ValueError(f"init_from.flags: {flag} is not a flag of {projects}; {hint}")
+    return vars(parsed)
 
 
 def tensor_names(path: Path) -> frozenset[str]:

@@ -5,15 +5,13 @@ Source: Nichol & Dhariwal 2021 (arXiv 2102.09672); Dhariwal & Nichol 2021 (arXiv
 
 import argparse
 import re
-import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from src.errors import did_you_mean
 from src.interop.diffusers_unet import TIME, swap_halves
-from src.interop.imported import ImportedModel, check_weights
+from src.interop.imported import ImportedModel, check_weights, parse_flags
 
 TOP = {
     "time_embed.0": "time.linear1",
@@ -61,8 +59,7 @@ def read_openai(weights: Mapping[str, Tensor], flags: str) -> ImportedModel:
     The file shows widths, attention and classes; flags that contradict it are errors. It shows neither the image size
     nor the noise schedule, the number of steps and the heads of attention, which have OpenAI's defaults.
 
-    Raises:
-        ValueError: If a flag is unknown or contradicts the weights, or if the model is not one for sampling images.
+    Raises ValueError if a flag is unknown or contradicts the weights, or if the model is not one for sampling images.
     """
     typed = _parse(flags)
     _check_kind(weights, typed)
@@ -147,9 +144,6 @@ def _network(typed: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str,
 
 def _parse(flags: str) -> dict[str, Any]:
     """Return the flags that were typed, without those that do not change the model."""
-    parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
-    )
     parsers: dict[Any, str] = {
         int: "image_size num_channels num_res_blocks num_heads num_heads_upsample num_head_channels diffusion_steps "
         "large_size small_size",
@@ -159,20 +153,9 @@ def _parse(flags: str) -> dict[str, Any]:
         "sigma_small rescale_timesteps clip_denoised",
         str: f"noise_schedule {IGNORED}",
     }
-    known = [(name, kind) for kind, names in parsers.items() for name in names.split()]
-    for name, kind in known:
-        parser.add_argument(f"--{name}", type=kind)
-    try:
-        parsed, unknown = parser.parse_known_args(shlex.split(flags))
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(
-            f"init_from.flags={flags!r} cannot be read: {error}; copy them from OpenAI's README"
-        ) from error
-    if unknown:
-        flag = unknown[0].partition("=")[0]
-        hint = did_you_mean(flag, [f"--{name}" for name, _ in known])
-        raise ValueError(f"init_from.flags: {flag} is not a flag of these projects; {hint}")
-    return {name: value for name, value in vars(parsed).items() if value != []}  # an empty list is the default
+    kinds = {name: kind for kind, names in parsers.items() for name in names.split()}
+    typed = parse_flags(flags, kinds, "these projects", "copy them from OpenAI's README")
+    return {name: value for name, value in typed.items() if value != []}  # an empty list is the default
 
 
 def _boolean(text: str) -> bool:
@@ -189,8 +172,7 @@ def _numbers(text: str) -> list[float]:
 def _inferred_flags(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the flags that the shapes of the weights show; `attention` lists the downsampling factors with attention.
 
-    Raises:
-        KeyError: If weights are missing.
+    Raises KeyError if weights are missing.
     """
     ends = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers\.0)\.weight")  # upsampling ends a stage
     blocks = {int(name.split(".")[1]) for name in weights if name.startswith("output_blocks.")}

@@ -11,7 +11,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from src.data.decode import Decoded, decode
-from src.quoting import format_override
+from src.errors import format_override
 
 NUM_PROBED = 200
 """Number of files to decode unchanged, to find their channels and sizes."""
@@ -127,17 +127,11 @@ def expectation(num_train: int, flipped: bool) -> str:
     return "enough images for varied samples; quality grows with the network and the number of steps"
 
 
-class StepCost(NamedTuple):
-    """Seconds per training step, and the peak memory of the device or the process in bytes."""
+def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> tuple[float, int]:
+    """Train `count` timed steps with these overrides of `src.train`, without saving; return the cost of one step.
 
-    seconds: float
-    memory: int
-
-
-def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> StepCost:
-    """Train `count` timed steps with these overrides of `src.train`, without saving, and return the cost of one step.
-
-    The first two steps are slower and not counted. Raises ValueError for invalid settings.
+    It consists of seconds, and the peak memory of the device or the process in bytes. The first two steps are slower
+    and not counted. Raises ValueError for invalid settings.
     """
     import resource
 
@@ -169,6 +163,6 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> StepCost
     steps = run.trainer.accumulate_grad_batches
     seconds = float(np.median(np.diff(times[2 * steps - 1 :]))) * steps
     if run.trainer.strategy.root_device.type == "cuda":
-        return StepCost(seconds, torch.cuda.max_memory_allocated())
+        return seconds, torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # macOS reports bytes, Linux KiB
-    return StepCost(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

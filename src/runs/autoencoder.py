@@ -9,10 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.arguments import check_arguments
 from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
+from src.errors import command, format_override
 from src.interop.hub_models import MODEL_FILE
-from src.quoting import command, format_override
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages
-from src.runs.components import instantiate_node, to_plain
+from src.runs.nodes import instantiate_node, to_plain
 from src.runs.trust import check_targets, check_texts, known_targets
 from src.training.checkpoints import exportable_settings, read_checkpoint, weights_of, write_exported
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from src.config.arguments import check_arguments
 from src.config.output import start_output
 from src.config.rules import check_values
-from src.quoting import format_override
+from src.errors import format_override
 from src.runs.autoencoder import build_autoencoder, check_task, is_autoencoder
 from src.runs.checkpoints import (
     check_fit,
@@ -20,17 +20,12 @@ from src.runs.checkpoints import (
     read_metrics,
     record_path,
 )
-from src.runs.components import (
-    build_condition,
-    build_module,
-    start_wandb,
-    to_plain,
-    warn_about_schedule,
-)
+from src.runs.components import build_condition, build_module, warn_about_schedule
 from src.runs.latents import build_data, has_autoencoder
 from src.runs.lock import lock_run_dir, unlock_run_dir
+from src.runs.nodes import to_plain
 from src.runs.resolve import resolve, resumed_folder
-from src.runs.trainer import build_trainer, quiet_libraries
+from src.runs.trainer import build_trainer, quiet_libraries, start_wandb
 from src.runs.trust import check_targets, known_targets
 from src.training.checkpoints import read_checkpoint
 

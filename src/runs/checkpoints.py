@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from src.config.resume import newest_run, path_hint
-from src.errors import first_names
+from src.errors import first_names, format_override
 from src.interop.hub_models import MODEL_FILE, SCHEME, local_copy
-from src.quoting import format_override
-from src.runs.components import to_plain
+from src.runs.nodes import to_plain
 from src.training.checkpoints import is_intact, newest_first, weights_of
 
 if TYPE_CHECKING:

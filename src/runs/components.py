@@ -4,23 +4,18 @@ import copy
 import functools
 import inspect
 import math
-import re
 import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 
-from src.config.arguments import GRID_SETTINGS, import_target
-from src.errors import sentence
-from src.quoting import format_override
+from src.config.arguments import GRID_SETTINGS
+from src.errors import format_override, sentence
+from src.runs.nodes import instantiate_node, is_typed, to_plain
 
 if TYPE_CHECKING:
-    import lightning as L
     import torch
 
     from src.data.conditions import Condition
@@ -28,11 +23,6 @@ if TYPE_CHECKING:
     from src.diffusion.guidance import Guidance
     from src.diffusion.noise import ContinuousSchedule, NoiseSchedule, Schedule
     from src.training.module import ConditionSpec, DiffusionModule, LossFn, Sampler
-
-
-def is_typed(name: str) -> bool:
-    """Return whether the command line of this job sets a setting."""
-    return HydraConfig.initialized() and any(o.startswith(f"{name}=") for o in HydraConfig.get().overrides.task)
 
 
 def build_module(
@@ -232,37 +222,6 @@ def sampler_settings(typed: DictConfig, trained: DictConfig) -> DictConfig:
     return merged
 
 
-def names_of(value: Any) -> list[str] | None:
-    """Return a name or a sequence of names as a list; None if there is none."""
-    return [value] if isinstance(value, str) else list(value) if value else None
-
-
-def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
-    """Start the run at W&B, if it is one of the loggers, and save its id.
-
-    Without a connection, warn and log offline. Raises ValueError if W&B cannot start offline either.
-    """
-    from lightning.pytorch.loggers import WandbLogger
-
-    from src.training.loggers import write_wandb_id
-
-    node = (cfg.logger or {}).get("wandb")
-    for k, logger in enumerate(trainer.loggers):
-        if not isinstance(logger, WandbLogger) or node is None:  # A logger of the user starts by itself.
-            continue
-        try:
-            _ = logger.experiment
-        except Exception as error:
-            if node.offline:
-                raise ValueError(f"logger=wandb cannot start ({sentence(error)}); change logger.wandb.*") from error
-            warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
-            offline: WandbLogger = instantiate(node, offline=True, mode="offline")
-            _ = offline.experiment
-            trainer.loggers[k] = offline
-        if trainer.is_global_zero:
-            write_wandb_id(directory, node.id)
-
-
 def check_network(
     net: "torch.nn.Module", shape: tuple[int, ...], outputs: int, conditioning: "ConditionSpec | None" = None
 ) -> None:
@@ -323,47 +282,3 @@ def meta_network(cfg: DictConfig, outputs: int) -> "torch.nn.Module":
     if any(p.ndim == 5 for p in net.parameters()):  # a network for volumes
         return net
     return net.to(memory_format=torch.channels_last)  # This leaves networks for points and signals as they are.
-
-
-def instantiate_node(node: DictConfig, arguments: Mapping[str, Any] | None = None) -> Any:
-    """Return the object of a node, with further arguments.
-
-    Partial functions lose Hydra's wrapper, which scans all loaded modules at each call. If the constructor raises
-    ValueError, TypeError, OSError or ImportError, that error is raised instead of Hydra's InstantiationException.
-    """
-    try:
-        # Plain lists: an optimizer would store OmegaConf lists in checkpoints, which a safe load rejects.
-        return _unwrap(instantiate(node, _convert_="all", **(arguments or {})))
-    except InstantiationException as error:
-        if isinstance(cause := error.__cause__, ValueError | TypeError | OSError | ImportError):
-            raise cause from cause.__cause__
-        raise
-
-
-def _unwrap(value: Any) -> Any:
-    if not isinstance(value, functools.partial):
-        return value
-    return functools.partial(value.func, *value.args, **{k: _unwrap(v) for k, v in value.keywords.items()})
-
-
-def inline_aliases(node: DictConfig, name: str) -> DictConfig:
-    """Return a copy of the node `name` without aliases, such as `urls` in `root: ${.urls}`.
-
-    An alias is not an argument of the target; the setting that refers to it gets its value.
-    """
-    node = copy.deepcopy(node)
-    for key, value in to_plain(node, resolve=False).items():
-        if isinstance(value, str) and (match := re.fullmatch(r"\$\{\.(\w+)\}", value)):
-            target = import_target(f"{name}._target_", str(node._target_))
-            if (alias := match[1]) not in inspect.signature(target).parameters:
-                node[key] = node[alias]
-                with open_dict(node):
-                    del node[alias]
-    return node
-
-
-def to_plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:
-    """Return the configuration as nested dictionaries and lists; `resolve` replaces interpolations by their values."""
-    container = OmegaConf.to_container(cfg, resolve=resolve)
-    assert isinstance(container, dict)
-    return container

@@ -10,11 +10,11 @@ from tqdm import tqdm
 from src.config.arguments import check_arguments
 from src.config.rules import check_values
 from src.config.search_path import config_groups, load_option
-from src.errors import usage_errors
+from src.errors import format_override, usage_errors
 from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
-from src.quoting import format_override
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint
+from src.runs.nodes import instantiate_node
 from src.runs.open import OpenedRun, sampler_of
 from src.viz.tables import format_duration
 
@@ -61,7 +61,7 @@ def check_lengths(path: Path, lengths: Sequence[float]) -> None:
 def quality_settings(cfg: DictConfig) -> QualitySettings:
     """Return the settings of sample quality, of src.evaluate or src.compare."""
     return QualitySettings(
-        components.names_of(cfg.features),
+        names_of(cfg.features),
         cfg.n,
         cfg.seed,
         cfg.batch_size,
@@ -72,6 +72,11 @@ def quality_settings(cfg: DictConfig) -> QualitySettings:
         cfg.inception_weights and Path(cfg.inception_weights),
         cfg.dinov2_model,
     )
+
+
+def names_of(value: Any) -> list[str] | None:
+    """Return a name or a sequence of names as a list; None if there is none."""
+    return [value] if isinstance(value, str) else list(value) if value else None
 
 
 def sampler_list(cfg: DictConfig) -> list[Any]:
@@ -120,7 +125,7 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
     check_arguments(cfg.analytic, "analytic")
     from src.diffusion.noise import Spacing
 
-    spacings: list[Any] = components.names_of(cfg.analytic_spacing) or [None]
+    spacings: list[Any] = names_of(cfg.analytic_spacing) or [None]
     if unknown := set(spacings) - {None, *get_args(Spacing)}:
         raise ValueError(
             f"analytic_spacing={','.join(map(str, unknown))} must be null, or one or a list of "
@@ -135,7 +140,7 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
             label = f"{name} {spacing}" if len(spacings) > 1 else name
             samplers[label] = sampler if spacing is None else sampler._replace(spacing=spacing)
     grid = "each sampler's own spacing" if spacings == [None] else f"spacing {', '.join(spacings)}"
-    return components.instantiate_node(cfg.analytic), schedule, samplers, grid
+    return instantiate_node(cfg.analytic), schedule, samplers, grid
 
 
 def announce_samples(

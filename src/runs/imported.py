@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.search_path import CONF
 from src.interop.hub_models import SIDECAR
-from src.runs.components import to_plain
+from src.runs.nodes import to_plain
 from src.training.checkpoints import OPENED_KEYS, read_checkpoint
 
 if TYPE_CHECKING:

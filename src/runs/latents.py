@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from src.errors import command, format_override
 from src.interop.hub_models import SCHEME, local_copy
-from src.quoting import command, format_override
 from src.runs.autoencoder import is_autoencoder, open_autoencoder
-from src.runs.components import instantiate_node, is_typed, to_plain
 from src.runs.imported import IMAGES, LATENTS, compose_train
+from src.runs.nodes import instantiate_node, is_typed, to_plain
 from src.runs.trust import check_texts
 
 if TYPE_CHECKING:

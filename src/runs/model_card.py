@@ -10,9 +10,9 @@ import yaml
 
 from src.config.resume import saved_overrides
 from src.config.words import key_of
-from src.quoting import command, format_override, shell_word
+from src.errors import command, format_override, shell_word
 from src.runs.checkpoints import read_metrics
-from src.runs.components import to_plain
+from src.runs.nodes import to_plain
 from src.runs.open import OpenedRun, pick_device
 from src.training.checkpoints import exportable_settings, may_be_path, step_of
 from src.viz.tables import markdown_table

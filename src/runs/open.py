@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import check_arguments
-from src.errors import sentence
-from src.quoting import command, format_override
+from src.errors import command, format_override, sentence
 from src.runs.autoencoder import AutoencoderError, is_autoencoder
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
 from src.runs.components import build_condition, build_module, build_sampler

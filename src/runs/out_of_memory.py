@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from src.quoting import command, format_override
+from src.errors import command, format_override
 from src.runs.autoencoder import is_autoencoder
 from src.runs.components import meta_network
 

@@ -15,12 +15,12 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from src.distributed.ranks import fresh_folder
-from src.errors import absence, sentence
-from src.quoting import format_override
+from src.errors import absence, format_override, sentence
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
-from src.runs.components import check_settings_of_network, inline_aliases, is_typed, to_plain
+from src.runs.components import check_settings_of_network
 from src.runs.imported import read_model
 from src.runs.latents import SETTINGS, has_autoencoder, infer_latents, measure_latents
+from src.runs.nodes import inline_aliases, is_typed, to_plain
 from src.runs.trainer import world_size
 from src.runs.trust import check_texts
 from src.training.checkpoints import read_checkpoint

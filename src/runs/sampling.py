@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import ListConfig, OmegaConf
 
-from src.quoting import format_override
+from src.errors import format_override
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from src.errors import sentence
-from src.runs.components import instantiate_node
+from src.runs.nodes import instantiate_node
 
 if TYPE_CHECKING:
     import lightning as L
@@ -116,6 +116,32 @@ def build_logger(name: str, node: DictConfig) -> "Logger":
             ) from error
         raise
     return logger
+
+
+def start_wandb(cfg: DictConfig, trainer: "L.Trainer", directory: Path) -> None:
+    """Start the run at W&B, if it is one of the loggers, and save its id.
+
+    Without a connection, warn and log offline. Raises ValueError if W&B cannot start offline either.
+    """
+    from lightning.pytorch.loggers import WandbLogger
+
+    from src.training.loggers import write_wandb_id
+
+    node = (cfg.logger or {}).get("wandb")
+    for k, logger in enumerate(trainer.loggers):
+        if not isinstance(logger, WandbLogger) or node is None:  # A logger of the user starts by itself.
+            continue
+        try:
+            _ = logger.experiment
+        except Exception as error:
+            if node.offline:
+                raise ValueError(f"logger=wandb cannot start ({sentence(error)}); change logger.wandb.*") from error
+            warnings.warn(f"W&B could not start online ({sentence(error)}): this run is logged offline", stacklevel=2)
+            offline: WandbLogger = instantiate(node, offline=True, mode="offline")
+            _ = offline.experiment
+            trainer.loggers[k] = offline
+        if trainer.is_global_zero:
+            write_wandb_id(directory, node.id)
 
 
 IGNORED_WARNINGS = (

@@ -11,9 +11,8 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from omegaconf import DictConfig
 
-from src.errors import sentence
-from src.quoting import format_override
-from src.runs.components import to_plain
+from src.errors import format_override, sentence
+from src.runs.nodes import to_plain
 from src.training.lightning_internals import copies_this_process
 
 COUNTS_EPOCHS = "counts epochs, and training counts steps"

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from src.errors import counted, sentence
-from src.quoting import format_override, literal
+from src.errors import counted, format_override, literal, sentence
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.data.batches import Batch
-from src.errors import did_you_mean
+from src.errors import did_you_mean, format_override
 from src.metrics.efficientnet import EfficientNet
 from src.metrics.features import DinoV2
-from src.quoting import format_override
 from src.training.checkpoints import PROJECTION
 from src.training.module import DiffusionModule
 

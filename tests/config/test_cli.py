@@ -21,8 +21,7 @@ from src.config.search_path import CONF, config_groups, extra_folders
 from src.config.words import split_arguments
 from src.diffusion.schedules import custom
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
-from src.errors import UsageError
-from src.quoting import format_override
+from src.errors import UsageError, format_override
 from tests.conftest import HANG_SECONDS, compose
 
 

@@ -14,7 +14,8 @@ from src.config.overrides import check_overrides
 from src.config.rules import RECIPE, check_value
 from src.config.search_path import CONF, config_groups
 from src.runs.autoencoder import build_autoencoder
-from src.runs.components import build_module, build_sampler, inline_aliases
+from src.runs.components import build_module, build_sampler
+from src.runs.nodes import inline_aliases
 from src.runs.resolve import resolve
 from tests.conftest import compose
 

@@ -17,9 +17,8 @@ from src.config.overrides import check_overrides
 from src.config.resume import check_unused, expand_resume
 from src.config.sweeps import CompareRuns
 from src.config.words import last_value, parsed, split_arguments
-from src.errors import UsageError
+from src.errors import UsageError, command, format_override, literal
 from src.export import export
-from src.quoting import command, format_override, literal
 from src.runs import out_of_memory
 from src.runs.build import build, close_run
 from src.runs.checkpoints import find_checkpoint
@@ -98,7 +97,7 @@ def test_last_value_reads_every_override_form():
         assert last_value(none, "resume") is None
 
 
-def test_commands_are_printed_by_quoting_alone():
+def test_commands_are_printed_by_errors_alone():
     """`command` writes commands, and `format_override` writes folders after `=`."""
     behind = re.compile(rf"(?:^|[^\w.])(?:{'|'.join(map(re.escape, PATHS))})=\[?['\"]?$")
     wrong = []
@@ -113,7 +112,7 @@ def test_commands_are_printed_by_quoting_alone():
         }
         for node in ast.walk(tree):
             text = node.value if isinstance(node, ast.Constant) and id(node) not in docs else None
-            if "python -m src" in str(text) and path.name not in ("quoting.py", "help.py", "src.py"):
+            if "python -m src" in str(text) and path.name not in ("errors.py", "help.py", "src.py"):
                 wrong.append(f"{path.name}:{node.lineno}")
             if isinstance(node, ast.JoinedStr):
                 for text, value in zip(node.values, node.values[1:], strict=False):
@@ -121,7 +120,7 @@ def test_commands_are_printed_by_quoting_alone():
                         safe = re.search(r"quoted|literal", ast.unparse(value))  # for Hydra, not for a shell
                         if behind.search(str(text.value)) and not safe:
                             wrong.append(f"{path.name}:{node.lineno}")
-    assert not wrong, f"use src.quoting.command and format_override: {wrong}"
+    assert not wrong, f"use src.errors.command and format_override: {wrong}"
 
 
 # One run in a folder with such a name; the tests type the commands that it prints.

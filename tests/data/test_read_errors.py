@@ -29,7 +29,7 @@ from src.data.images import ImageFiles
 from src.data.samplers import BatchIndices
 from src.errors import DataReadError, UsageError, data_errors
 from src.evaluate import evaluate
-from src.runs.components import instantiate_node
+from src.runs.nodes import instantiate_node
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import LOSS_BY_NOISE, TINY, compose, once, train_tiny
 from tests.data.test_split import write_images

@@ -100,7 +100,7 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
     """The network's width follows the table, and the stored settings open without the file."""
     from hydra.utils import instantiate
 
-    from src.runs.components import instantiate_node
+    from src.runs.nodes import instantiate_node
     from src.runs.resolve import resolve
 
     path, numbers = table(tmp_path / "a.csv")
@@ -538,10 +538,10 @@ def test_integers_are_encoded_as_before(tmp_path):
     values = torch.tensor(numbers.T.tolist(), dtype=torch.float64).T
     wanted = ((values - values.mean(0)) / values.std(0, correction=0)).float()
     assert data.source.fetch(range(ROWS)).equal(wanted)
-    old = {name: data.inferred[name] for name in ("columns", "mean", "std")}
-    before = TableDataModule(str(path), **old)  # a run from before encoders existed
-    before.setup()
-    assert before.source.fetch(range(ROWS)).equal(wanted) and before.inferred == {**old, "encoders": None}
+    typed = {name: data.inferred[name] for name in ("columns", "mean", "std")}
+    again = TableDataModule(str(path), **typed)
+    again.setup()
+    assert again.source.fetch(range(ROWS)).equal(wanted) and again.inferred == data.inferred
     assert json.loads(data.inferred["encoders"])["columns"][2]["type"] == "integer"
 
 

@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from src.data import pixel_store
-from src.runs.components import inline_aliases
+from src.runs.nodes import inline_aliases
 from tests.conftest import compose
 
 webdataset = pytest.importorskip("webdataset")

@@ -19,9 +19,8 @@ from src.config.rules import check_values
 from src.config.search_path import CONF
 from src.config.words import choose_none
 from src.distributed.processes import check_processes
-from src.errors import UsageError
+from src.errors import UsageError, literal
 from src.evaluate import evaluate
-from src.quoting import literal
 from src.runs.build import build, close_run
 from src.sample import sample
 from src.schedules import show_schedules

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from src.config.search_path import CONF
 from src.errors import UsageError
 from src.runs.build import build, close_run
-from src.runs.components import instantiate_node
+from src.runs.nodes import instantiate_node
 from src.runs.resolve import relocate, resolve
 from src.runs.trainer import world_size
 from src.train import train

@@ -12,11 +12,10 @@ from src.comparison.measure import open_surveyed
 from src.comparison.survey import check_autoencoder, survey
 from src.data.pixel_store import default_cache_dir
 from src.ema import ema
-from src.errors import UsageError
+from src.errors import UsageError, format_override
 from src.evaluate import evaluate
 from src.export import export
 from src.interop.diffusers_export import make_time_grid
-from src.quoting import format_override
 from src.runs.build import build
 from src.runs.open import open_run
 from src.runs.resolve import relocate, resolve

@@ -21,7 +21,8 @@ from src.diffusion.gaussian_diffusion import Prediction
 from src.diffusion.noise import make_time_grid
 from src.errors import UsageError
 from src.runs.build import build, close_run
-from src.runs.components import build_module, build_sampler, build_schedule, instantiate_node, meta_network
+from src.runs.components import build_module, build_sampler, build_schedule, meta_network
+from src.runs.nodes import instantiate_node
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import compose
 from tests.data.test_images import noise, write_cifar, write_mnist

@@ -18,7 +18,8 @@ from src.models.dit import DiT
 from src.models.mlp import MLP
 from src.models.unet import UNet
 from src.runs.build import build, close_run
-from src.runs.components import build_module, instantiate_node
+from src.runs.components import build_module
+from src.runs.nodes import instantiate_node
 from src.training.checkpoints import read_checkpoint
 from src.training.muon import MuonAdamW
 from src.training.optim import skip_unless, weight_matrices

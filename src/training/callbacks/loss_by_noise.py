@@ -1,7 +1,7 @@
 """The training loss by noise level."""
 
 import csv
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from src.cache import write_atomically
 from src.diffusion.noise import Schedule
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.loggers import log_picture, show_pictures
@@ -103,10 +104,9 @@ class LossByNoise(L.Callback):
         if not trainer.is_global_zero:
             return
         with tolerate_full_disk(self.path):
-            partial = self.path.with_suffix(".tmp")
-            with partial.open("w", newline="") as file:
-                csv.writer(file).writerows([self.HEADER, *(line for row in self._history for line in self._lines(row))])
-            os.replace(partial, self.path)
+            text = io.StringIO(newline="")
+            csv.writer(text).writerows([self.HEADER, *(line for row in self._history for line in self._lines(row))])
+            write_atomically(self.path, text.getvalue().encode())
             if show_pictures(trainer):
                 log_picture(trainer, "loss_by_noise", charts.loss_by_noise(self.path))
 

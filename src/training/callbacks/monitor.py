@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
+from src.cache import write_atomically
 from src.diffusion.noise import Schedule
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.lightning_internals import FirstLearningRateMonitor, close_progress_bars, correct_logged_step
@@ -120,9 +121,7 @@ def append_start(path: Path, start: dict[str, Any]) -> None:
     """Append a start to the file's list, replacing any at later steps; each covers the steps that follow it."""
     before = json.loads(path.read_text())["starts"] if path.is_file() else []
     kept = [old for old in before if old["step"] < start["step"]]
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps({"starts": [*kept, start]}, indent=2) + "\n")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps({"starts": [*kept, start]}, indent=2).encode() + b"\n")
 
 
 def schedule_picture(schedule: Schedule) -> Any:

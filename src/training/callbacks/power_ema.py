@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from src.cache import write_atomically
 from src.distributed.sharding import gather_full, local_shard, shard_like
-from src.quoting import literal
+from src.errors import literal
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.power_ema import (
     FOLDER,
