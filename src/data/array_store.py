@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, array_suffix, 
 from src.data.decode import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
-from src.data.pixel_store import default_cache_dir, fill_cache, store_key
+from src.data.pixel_store import check_space, default_cache_dir, fill_cache, store_key
 from src.errors import DataReadError, format_override
 
 log = logging.getLogger(__name__)
@@ -55,10 +54,9 @@ def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[in
     for k, (sample, reason) in zip(bar, _read_all(found, channels, size, key), strict=True):
         if sample is not None and out is None:
             header = sample.header
-            needed, free = len(found) * sample.values.nbytes, shutil.disk_usage(folder).free
+            needed = len(found) * sample.values.nbytes
             log.info(f"Decoding {len(found):,} files once ({needed / 1e6:,.0f} MB in {folder.parent})")
-            if needed > free:
-                raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+            check_space(folder, needed)
             out = np.lib.format.open_memmap(
                 folder / "samples.npy", "w+", sample.values.dtype, (len(found), *sample.values.shape)
             )

@@ -2,15 +2,16 @@
 
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, Protocol, overload
+from typing import Any, BinaryIO, Protocol, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
+D = TypeVar("D")
 
 
 class Names(Sequence[str]):
@@ -28,7 +29,11 @@ class Names(Sequence[str]):
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> "list[str]": ...
-    def __getitem__(self, index: int | slice) -> "str | list[str]":
+    @overload
+    def __getitem__(self, index: Mask) -> "Names": ...
+    def __getitem__(self, index: int | slice | Mask) -> "str | list[str] | Names":
+        if isinstance(index, np.ndarray):
+            return Names(self[k] for k in np.flatnonzero(index).tolist())
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         k = range(len(self))[index]
@@ -92,6 +97,17 @@ class EncodedImages(Protocol):
         ...
 
 
+def keep_rows(found: D, chosen: Sequence[bool] | Mask, reason: str) -> D:
+    """Return a dataclass with the chosen rows of all its arrays and `Names`; the other images are left out."""
+    mask, images = np.asarray(chosen, bool), cast(Any, found)
+    if mask.all():
+        return found
+    values = {field.name: getattr(images, field.name) for field in fields(images)}
+    rows = {name: value[mask] for name, value in values.items() if isinstance(value, np.ndarray | Names)}
+    left_out = {**images.left_out, reason: [*images.left_out.get(reason, []), *images.names[~mask]]}
+    return cast(D, replace(images, **rows, left_out=left_out))
+
+
 @dataclass(frozen=True)
 class ImageBytes:
     """Images whose bytes `read` returns by their row in the dataset.
@@ -138,16 +154,5 @@ class ImageBytes:
         return len(some) > 0 and all(self.open(k).read() == self.open(j).read() for k, j in pairs)
 
     def keep(self, chosen: Sequence[bool] | Mask, reason: str) -> "ImageBytes":
-        mask = np.asarray(chosen, bool)
-        kept, out = np.flatnonzero(mask).tolist(), [self.names[int(k)] for k in np.flatnonzero(~mask)]
-        if not out:
-            return self
-        return replace(
-            self,
-            names=Names(self.names[k] for k in kept),
-            sample_ids=Names(self.sample_ids[k] for k in kept),
-            sizes=self.sizes[mask],
-            val_mask=None if self.val_mask is None else self.val_mask[mask],
-            left_out={**self.left_out, reason: [*self.left_out.get(reason, []), *out]},
-            rows=(np.arange(len(self)) if self.rows is None else self.rows)[mask],
-        )
+        rows = np.arange(len(self)) if self.rows is None else self.rows
+        return self if all(chosen) else keep_rows(replace(self, rows=rows), chosen, reason)

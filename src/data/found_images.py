@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.data.archives import open_member
-from src.data.encoded import EncodedImages, Names
+from src.data.encoded import EncodedImages, Names, keep_rows
 from src.errors import counted, first_names, format_override
 
 
@@ -76,19 +76,7 @@ class FoundImages:
 
     def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> Self:
         """Return the chosen images; the others are left out for `reason`."""
-        mask = np.asarray(chosen, bool)
-        out = [self.names[int(k)] for k in np.flatnonzero(~mask)]
-        if not out:
-            return self
-        return replace(
-            self,
-            which=self.which[mask],
-            names=Names(self.names[int(k)] for k in np.flatnonzero(mask)),
-            sizes=self.sizes[mask],
-            times=self.times[mask],
-            val_mask=None if self.val_mask is None else self.val_mask[mask],
-            left_out={**self.left_out, reason: [*self.left_out.get(reason, []), *out]},
-        )
+        return keep_rows(self, chosen, reason)
 
     def without_used(self, paths: Iterable[Path]) -> Self:
         """Return the images; those of `paths` no longer count as left out, since they were read as captions or labels.

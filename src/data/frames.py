@@ -1,9 +1,8 @@
 """The frames of animations and the pages of TIFF files as images of their own."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +24,6 @@ class FrameImages(FoundImages):
 
     def identity(self) -> str:
         return sha256(f"{super().identity()} frames".encode() + self.frame.tobytes()).hexdigest()
-
-    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> Self:
-        return replace(super().keep(chosen, reason), frame=self.frame[np.asarray(chosen, bool)])
 
     def decode(self, index: int, pages: Pages) -> Decoded:
         """Return a frame of a file. Raises OSError or ValueError."""

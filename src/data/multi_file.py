@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import PurePosixPath
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +29,6 @@ class CombinedImages(FoundImages):
 
     def identity(self) -> str:
         return sha256(f"{self.files.identity()} {self.members.tolist()}".encode()).hexdigest()
-
-    def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> Self:
-        return replace(super().keep(chosen, reason), members=self.members[np.asarray(chosen, bool)])
 
     def paths_of(self, index: int) -> list[str]:
         """Return the paths by which a table may name an image: its name, or one of its files."""

@@ -126,6 +126,12 @@ def fill_cache(folder: Path, read: Callable[[Path], T | None], write: Callable[[
     return written
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OSError if the disk of a folder has fewer free bytes than needed."""
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+
+
 def store_key(found: EncodedImages, spec: Any) -> str:
     """Return the name of the cache of these files, decoded to `spec`, which changes with either."""
     return sha256(f"{VERSION} {found.identity()} {spec!r}".encode()).hexdigest()[:32]
@@ -173,9 +179,7 @@ def _write(folder: Path, found: EncodedImages, spec: ImageSpec) -> None:
     varies, extra = spec.varies, dict[str, Any]()
     for dtype in dict.fromkeys((_storage_type(found, spec), "float32")):
         itemsize = np.dtype(dtype).itemsize
-        needed, free = math.prod(shape) * itemsize, shutil.disk_usage(folder).free
-        if needed > free:
-            raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+        check_space(folder, needed := math.prod(shape) * itemsize)
         path = folder / "pixels.bin"
         with path.open("wb") as file:
             file.truncate(0 if varies else needed)

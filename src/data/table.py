@@ -100,26 +100,8 @@ class TableDataModule(BaseDataModule):
         self._read_file = partial(
             read_table, header=header, separator=separator, decimal=decimal, encoding=encoding, sheet=sheet
         )
-        self.encoders: list[Column] = []
-        self.left_out: dict[str, str] = {}
-        self.notes: list[str] = []
         self.label_note = ""
-        self.file: dict[str, Any] = {}
-        self._table: Table | None = None  # from the constructor to the first use
-        if encoders is not None:
-            self.encoders, self.file = from_json(encoders)
-        else:
-            self._table = self.read()
-            inferred_mean, inferred_std = self._infer(self._table)
-            if mean is None or std is None:
-                mean, std = inferred_mean, inferred_std
-        self.names = list(columns) if columns else [column.name for column in self.encoders]
-        if not len(self.names) == len(mean or []) == len(std or []) == len(self.encoders):
-            raise ValueError(
-                f"data.mean and data.std must have {len(self.names)} numbers, one for each of "
-                f"{', '.join(self.names)}, got {len(mean or [])} and {len(std or [])}; null computes them"
-            )
-        assert mean is not None and std is not None
+        mean, std = self._set_encoders(encoders, columns, mean, std)
         self.widths = [column.width for column in self.encoders]
         shape = (sum(self.widths),)
         super().__init__(self._open, shape, batch_size, val_fraction, split_seed, seed, num_workers, microbatch_size)
@@ -195,6 +177,37 @@ class TableDataModule(BaseDataModule):
         table = self._read_file(Path(self.path), "data.path")
         self.settings.check(table)
         return table
+
+    def _set_encoders(
+        self,
+        encoders: str | None,
+        columns: Sequence[str] | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+    ) -> tuple[Sequence[float], Sequence[float]]:
+        """Read the columns' encodings from JSON, or infer them from the table. Return the typed or inferred statistics.
+
+        Raises ValueError for another number of statistics than columns.
+        """
+        self.encoders: list[Column] = []
+        self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.file: dict[str, Any] = {}
+        self._table: Table | None = None  # from the constructor to the first use
+        if encoders is not None:
+            self.encoders, self.file = from_json(encoders)
+        else:
+            self._table = self.read()
+            inferred = self._infer(self._table)
+            mean, std = inferred if mean is None or std is None else (mean, std)
+        self.names = list(columns) if columns else [column.name for column in self.encoders]
+        if not len(self.names) == len(mean or []) == len(std or []) == len(self.encoders):
+            raise ValueError(
+                f"data.mean and data.std must have {len(self.names)} numbers, one for each of "
+                f"{', '.join(self.names)}, got {len(mean or [])} and {len(std or [])}; null computes them"
+            )
+        assert mean is not None and std is not None
+        return mean, std
 
     def _infer(self, table: Table) -> tuple[list[float], list[float]]:
         """Infer the columns to model from the table. Return the mean and std of each column's encoded values."""
