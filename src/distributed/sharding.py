@@ -23,7 +23,9 @@ def shard(net: nn.Module, mesh: DeviceMesh) -> None:
     for child in net.children():
         for block in child if isinstance(child, nn.ModuleList) else ():
             fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    # By default FSDP keeps the gathered weights of the outermost module after a forward pass: the step after a
+    # validation, during which the shards hold the average, would compute with the average.
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)
 
 
 def local_shard(weight: Tensor) -> Tensor:

@@ -165,8 +165,6 @@ def check_sharding(run: Run) -> None:
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
     if isinstance(run.module, AlignedModule):
         raise ValueError("trainer=fsdp shards only the network, and repa=default has weights too: use trainer=ddp")
-    if run.module.averages:
-        raise ValueError("trainer=fsdp does not support optimizer=schedule_free: choose trainer=ddp or optimizer=adamw")
     if run.config.data.get("microbatch_size") == "auto":
         raise ValueError(
             "data.microbatch_size=auto runs a step on each device separately, which sharded weights do not allow: set "

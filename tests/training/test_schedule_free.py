@@ -1,16 +1,15 @@
 """The schedule-free optimizer: training at y, evaluation at the average x."""
 
+import json
 import shutil
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
-from src.distributed.sharding import FullyShardedStrategy
-from src.runs.build import build, check_sharding, close_run
+from src.runs.build import build, close_run
 from src.training.callbacks.schedule_free import adamw_schedule_free
 from src.training.checkpoints import read_checkpoint
 from tests.conftest import TINY, compose, once, train_tiny
@@ -62,13 +61,6 @@ def test_resumes_with_equal_bits(tmp_path):
         close_run(build(compose("train", *TINY, *FREE[3:], *words)))
 
 
-def test_sharded_run_is_not_resumed():
-    strategy, module = FullyShardedStrategy(), SimpleNamespace(curve_weights=(), averages=[object()])
-    run = SimpleNamespace(trainer=SimpleNamespace(strategy=strategy), module=module, config={}, resume_from="last.ckpt")
-    with pytest.raises(ValueError, match=r"trainer=fsdp .*optimizer=schedule_free"):
-        check_sharding(run)
-
-
 def test_validations_do_not_change_training(tmp_path):
     pytest.importorskip("schedulefree")
     for every in (1, 100):
@@ -93,3 +85,26 @@ def test_two_processes_average_like_one(tmp_path):
     for key in ("current_model_state", "state_dict"):
         for name in theirs[key]:
             assert_close(ours[key][name], theirs[key][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sharded_run_resumes_with_equal_bits(tmp_path):
+    """From the step of a validation, with a learning rate so large that no later validation is the best."""
+    pytest.importorskip("schedulefree")
+    sharded = ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+    words = once(*TINY, *FREE, *sharded, "optimizer.lr=0.1", "checkpoint_every=100")
+    jobs = [
+        ["src.train", *words, f"trainer.max_steps={steps}", f"{where}={tmp_path / folder}"]
+        for where, folder, steps in (
+            ("hydra.run.dir", "whole", 6),
+            ("hydra.run.dir", "parts", 4),
+            ("resume", "parts", 6),
+        )
+    ]
+    (tmp_path / "cwd").mkdir()
+    for done in run_ranks(2, "-m", "tests.distributed.jobs", cwd=tmp_path / "cwd", JOBS=json.dumps(jobs)):
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    ours, theirs = last(tmp_path / "parts"), last(tmp_path / "whole")
+    assert ours["global_step"] == theirs["global_step"] == 6
+    for key in ("current_model_state", "state_dict"):
+        assert all(torch.equal(ours[key][name], theirs[key][name]) for name in ours[key])

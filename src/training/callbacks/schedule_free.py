@@ -29,6 +29,7 @@ def adamw_schedule_free(
         raise ValueError(f"optimizer.betas={list(betas)} must be in (0, 1): [0.9, 0.999] is usual")
     optimizer = AdamWScheduleFree(params, lr, (betas[0], betas[1]), weight_decay=weight_decay)
     optimizer.train()
+    optimizer.state.clear()  # of empty entries, with which torch would not load the state of a sharded run
     return cast(Optimizer, optimizer)
 
 
