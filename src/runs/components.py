@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.arguments import GRID_SETTINGS, import_target
 from src.errors import sentence
-from src.quoting import format_override
+from src.quoting import format_override, shell_word
 
 if TYPE_CHECKING:
     import lightning as L
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 def is_typed(name: str) -> bool:
     """Return whether the command line of this job sets a setting."""
     return HydraConfig.initialized() and any(o.startswith(f"{name}=") for o in HydraConfig.get().overrides.task)
+
+
+def typed_option(group: str) -> str:
+    """Return the override of this job's command line that chooses the option of a group; without one, its name."""
+    typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return next((shell_word(o) for o in typed if o.startswith(f"{group}=")), group)
 
 
 def build_module(

@@ -72,7 +72,7 @@ def open_recorded(node: DictConfig, trust: bool = False) -> "tuple[Autoencoder, 
     if node.fingerprint not in (None, fingerprint):
         raise ValueError(
             f"{format_override('autoencoder', node.path)} is not the autoencoder that this run was trained with; type "
-            "autoencoder=... with that one, or train a new run"
+            "autoencoder=FOLDER with that one, or train a new run"
         )
     return autoencoder, fingerprint
 
