@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from src.config.keys import FOREIGN_VALUES
-from src.errors import UsageError, did_you_mean, first_line
+from src.errors import UsageError, did_you_mean, first_line, format_override
 
 RANGES = {
     # Every command.
@@ -329,9 +329,8 @@ def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
             raise UsageError("task=autoencoder needs images, which these data are not; choose data=folder, for example")
     of_latents = sorted(name for name in names if name.startswith("autoencoder.") and name != "autoencoder.path")
     if of_latents and OmegaConf.select(cfg, "autoencoder.path") is None:
-        raise UsageError(
-            f"{of_latents[0]}=... has no effect without an autoencoder; leave it out, or add autoencoder=FOLDER"
-        )
+        override = format_override(of_latents[0], OmegaConf.select(cfg, of_latents[0]))
+        raise UsageError(f"{override} has no effect without an autoencoder; leave it out, or add autoencoder=FOLDER")
     if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
     if command == "evaluate":

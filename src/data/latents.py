@@ -263,7 +263,10 @@ def check_augmentation(images: ImageDataModule, settings: Mapping[str, Any]) -> 
     changes = {
         "data.vertical_flip=true": images.vertical_flip and "data.vertical_flip=false",
         "data.rotations=true": images.rotations and "data.rotations=false",
-        "data.color_jitter": any(images.color_jitter) and "0 for each strength",
+        **{
+            f"data.color_jitter.{name}={strength}": strength and f"data.color_jitter.{name}=0"
+            for name, strength in images.color_jitter._asdict().items()
+        },
         f"data.edm_augment={settings.get('edm_augment')}": images.edm is not None and "data.edm_augment=0",
         f"data.source.fit={fit}": fit in ("random_crop", "buckets") and "data.source.fit=crop",
     }
@@ -287,9 +290,8 @@ def latent_shape(autoencoder: Autoencoder, shape: Sequence[int]) -> tuple[int, .
     if any(side % factor for side in size):
         near = [max(1, round(side / factor)) * factor for side in size]
         shown = format_override("data.image_size", near[0] if len({*near}) == 1 else near)
-        raise ValueError(
-            f"data.image_size={size} must be a multiple of {factor}, the factor of the autoencoder; type {shown}"
-        )
+        override = format_override("data.image_size", size)
+        raise ValueError(f"{override} must be a multiple of {factor}, the factor of the autoencoder; type {shown}")
     return (autoencoder.latent_channels, *(side // factor for side in size))
 
 
@@ -301,8 +303,9 @@ def per_channel(name: str, value: float | Sequence[float], channels: int) -> lis
         values = []
     if len(values) != channels or (name == "scale" and min(values) <= 0):
         rule = " of more than 0" if name == "scale" else ""
+        override = format_override(f"autoencoder.{name}", value)
         raise ValueError(
-            f"autoencoder.{name}={value} must be one number{rule}, or {channels}, one per channel of the latents; "
+            f"{override} must be one number{rule}, or {channels}, one per channel of the latents; "
             "correct it, or leave it out"
         )
     return values

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.errors import first_names, one_line
+from src.errors import first_names, format_override, one_line
 from src.interop.diffusers_pipeline import read_config
 from src.models.autoencoder import KLAutoencoder
 from src.models.layers import Downsample, ResidualBlock, SelfAttention, Upsample
@@ -64,7 +64,9 @@ def autoencoder_folder(folder: Path) -> Path | None:
             return each
         if name is not None and (name.startswith("Autoencoder") or each != folder):
             known = ", ".join(CLASSES)
-            raise ValueError(f"autoencoder={each} holds {name} and must hold one of {known}; name another model")
+            raise ValueError(
+                f"{format_override('autoencoder', each)} holds {name} and must hold one of {known}; name another model"
+            )
     return None
 
 
@@ -73,11 +75,12 @@ def read_diffusers_autoencoder(folder: Path) -> DiffusersAutoencoder:
 
     Raises ValueError without the library, or for weights that cannot be read.
     """
+    override = format_override("autoencoder", folder)
     try:
         import diffusers
     except ImportError as error:
         raise ValueError(
-            f"autoencoder={folder} needs the package diffusers; pip install diffusers, or train an autoencoder with "
+            f"{override} needs the package diffusers; pip install diffusers, or train an autoencoder with "
             "task=autoencoder"
         ) from error
     kind = getattr(diffusers, read_config(folder / "config.json")["_class_name"])
@@ -90,9 +93,9 @@ def read_diffusers_autoencoder(folder: Path) -> DiffusersAutoencoder:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"autoencoder={folder} cannot be read ({one_line(error)}); save it again") from error
+        raise ValueError(f"{override} cannot be read ({one_line(error)}); save it again") from error
     if missing := loaded["missing_keys"]:
-        raise ValueError(f"autoencoder={folder} has no weights for {first_names(sorted(missing))}; save it again")
+        raise ValueError(f"{override} has no weights for {first_names(sorted(missing))}; save it again")
     return DiffusersAutoencoder(net)
 
 

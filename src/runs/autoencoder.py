@@ -12,7 +12,7 @@ from src.config.search_path import search_path_overrides
 from src.errors import command, format_override
 from src.interop.hub_models import MODEL_FILE
 from src.runs.checkpoints import check_fit, find_checkpoint, has_averages
-from src.runs.nodes import instantiate_node, to_plain
+from src.runs.nodes import instantiate_node, to_plain, typed_option
 from src.runs.trust import check_targets, check_texts, known_targets
 from src.training.checkpoints import exportable_settings, read_checkpoint, weights_of, write_exported
 
@@ -44,7 +44,7 @@ def check_task(cfg: DictConfig) -> None:
     for name, node in nodes.items():
         kind = str(node.get("_target_")).rpartition(".")[2]
         if is_autoencoder(cfg) and kind in NO_AUTOENCODER:
-            raise ValueError(f"{name} is for diffusion models; leave callbacks=... out, or add ~{name}")
+            raise ValueError(f"{name} is for diffusion models; leave {typed_option('callbacks')} out, or add ~{name}")
         if not is_autoencoder(cfg) and kind in ("KLAutoencoder", "AutoencoderLoss", "Reconstructions"):
             raise ValueError(f"{name}._target_={node._target_} is for autoencoders; add task=autoencoder")
 
@@ -68,7 +68,9 @@ def build_autoencoder(cfg: DictConfig, shape: tuple[int, ...], augment_labels: i
     net, loss = instantiate_node(cfg.model), instantiate_node(cfg.loss)
     for name, value, kind in (("model", net, KLAutoencoder), ("loss", loss, AutoencoderLoss)):
         if not isinstance(value, kind):
-            raise ValueError(f"{name}._target_={cfg[name]._target_} is for diffusion models; leave {name}=... out")
+            raise ValueError(
+                f"{name}._target_={cfg[name]._target_} is for diffusion models; leave {typed_option(name)} out"
+            )
     if cfg.get("lora"):
         add_adapters(net, **to_plain(cfg.lora))
     freeze(net, cfg.get("freeze") or [])

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("path", "scale", "shift", "dtype", "batch_size", "cache_dir", "fingerprint")
 """Settings of the node `autoencoder`."""
+ARRAYS = "src.data.arrays.ArrayDataModule"
+"""Data that may be latents already."""
 INFERRED = ("scale", "shift", "fingerprint")
 """Settings of the node `autoencoder` that a run stores and keeps."""
 
@@ -70,7 +72,7 @@ def open_recorded(node: DictConfig, trust: bool = False) -> "tuple[Autoencoder, 
     if node.fingerprint not in (None, fingerprint):
         raise ValueError(
             f"{format_override('autoencoder', node.path)} is not the autoencoder that this run was trained with; type "
-            "autoencoder=... with that one, or train a new run"
+            "autoencoder=FOLDER with that one, or train a new run"
         )
     return autoencoder, fingerprint
 
@@ -162,6 +164,30 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     side, latent_side = ((h * w) ** 0.5 for h, w in ((height, width), latent[1:]))
     if cfg.snr_shift == 64 / side and not is_typed("snr_shift"):
         cfg.snr_shift = min(1.0, 64 / latent_side)
+
+
+def check_same_latents(cfg: DictConfig, initial: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError unless the model of `init_from` in `path` is for the latents, or the pixels, of this run.
+
+    `initial` has its settings. Arrays may hold any latents.
+    """
+    theirs, ours = (initial.get("autoencoder") or {}), cfg.autoencoder
+    if theirs.get("fingerprint") == ours.fingerprint:
+        return
+    if any(
+        node.get("fingerprint") is None and each["data"]["_target_"] == ARRAYS
+        for node, each in ((theirs, initial), (ours, cfg))
+    ):
+        return
+    own = path / "vae"
+    place = str(own) if own.is_dir() else theirs.get("path")
+    fix = "autoencoder=FOLDER with that one" if place is None else format_override("autoencoder", place)
+    model, override = format_override("init_from", cfg.init_from.path), format_override("autoencoder", ours.path)
+    if ours.path is None:
+        raise ValueError(f"{model} needs latents of its autoencoder, and this run has none; add {fix}")
+    if theirs.get("fingerprint") is None:
+        raise ValueError(f"{model} was trained without an autoencoder, and this run has {override}; leave one out")
+    raise ValueError(f"{override} is not the autoencoder of {model}; type {fix}")
 
 
 def in_images(settings: dict[str, Any], location: str, trust: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from src.errors import absence, format_override, sentence
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import check_settings_of_network
 from src.runs.imported import read_model
-from src.runs.latents import SETTINGS, has_autoencoder, infer_latents, measure_latents
+from src.runs.latents import SETTINGS, check_same_latents, has_autoencoder, infer_latents, measure_latents
 from src.runs.nodes import inline_aliases, is_typed, to_plain
 from src.runs.trainer import world_size
 from src.runs.trust import check_texts
@@ -150,9 +150,11 @@ def _adopt_model(cfg: DictConfig) -> None:
     """Take the network of the model that `init_from` names, and of another project's model its diffusion process, too.
 
     Typed settings win, and so do the channels and the size of the data. The same stages attend at another size.
+    Raises ValueError for a model of other latents.
     """
     path = find_checkpoint(None, None, str(cfg.init_from.path))
     checkpoint = read_model(path, cfg.init_from.flags)
+    check_same_latents(cfg, checkpoint["hyper_parameters"], path)
     imported = checkpoint.get("imported", False)
     if imported or HydraConfig.initialized():  # A composed configuration does not say what was typed.
         _adopt_settings(cfg, checkpoint["hyper_parameters"], with_process=imported)

@@ -56,14 +56,19 @@ def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) 
     """
     if image_size is None:
         return
+    override = format_override("image_size", image_size)
     size = list(image_size) if isinstance(image_size, Sequence) else [image_size] * 2
     if len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
-        raise ValueError(f"image_size={image_size} must be a number, or [height,width], of at least 1")
+        raise ValueError(f"{override} must be a number, or [height,width], of at least 1")
     if len(opened.module.shape) != 3:
-        raise ValueError(f"image_size={image_size} is for images, and the run was trained on points: leave it out")
+        raise ValueError(f"{override} is for images, and the run was trained on points: leave it out")
     factor = opened.data.displayed.shape[1] // opened.data.shape[1]
     if any(side % factor for side in size):
-        raise ValueError(f"image_size={image_size} must be a multiple of {factor}, the factor of the autoencoder")
+        near = [max(1, round(side / factor)) * factor for side in size]
+        raise ValueError(
+            f"{override} must be a multiple of {factor}, the factor of the autoencoder; type "
+            f"{format_override('image_size', near[0] if len({*near}) == 1 else near)}"
+        )
     opened.module.shape = (opened.module.shape[0], *(side // factor for side in size))
 
 

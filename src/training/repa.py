@@ -83,7 +83,7 @@ class AlignedModule(DiffusionModule):
         self.grid = [-(-n // patch_size) for n in self.shape[1:]]
         if hidden.ndim == 3 and hidden.shape[1] < math.prod(self.grid):
             raise ValueError(
-                f"{setting} returns {hidden.shape[1]} tokens, fewer than {self.grid} patches; name a block"
+                f"{setting} returns {hidden.shape[1]} tokens, fewer than {math.prod(self.grid)} patches; name a block"
             )
         features = encoder.feature_map(torch.zeros(1, *self.shape)).shape[1]
         sizes = [hidden.shape[1 if hidden.ndim == 4 else 2], width, width, features]

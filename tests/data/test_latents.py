@@ -203,11 +203,12 @@ def test_split_is_that_of_the_images(tmp_path):
         ({"vertical_flip": True}, {}, "data.vertical_flip"),
         ({"rotations": True}, {}, "data.rotations"),
         ({"edm_augment": 0.1}, {"edm_augment": 0.1}, "data.edm_augment=0.1"),
-        ({"color_jitter": {"brightness": 0.1}}, {}, "data.color_jitter"),
+        ({"color_jitter": {"brightness": 0.1}}, {}, "data.color_jitter.brightness=0"),
         ({}, {"source": {"fit": "random_crop"}}, "data.source.fit=random_crop"),
         ({}, {"source": {"fit": "buckets"}}, "data.source.fit=buckets"),
         ({"channels": 3}, {}, "data.channels=3"),
-        ({"image_size": 9}, {}, "data.image_size"),
+        ({"image_size": 9}, {}, "data.image_size=8"),
+        ({"image_size": [9, 12]}, {}, r"data.image_size=\[8,12\]"),
     ],
 )
 def test_images_without_latents_are_refused(arguments, settings, named):

@@ -1,6 +1,7 @@
 """Runs in latents: settings that follow the latents, resume, samples, evaluation, exports and refusals."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -175,6 +176,22 @@ def test_another_autoencoder_is_refused(run, vae, tmp_path):
     settings = ["conditioning=class", "autoencoder.scale=2", f"autoencoder.path={vae}", f"resume={run}"]
     with pytest.raises(ValueError, match=r"autoencoder\.scale"):
         build(compose("train", *once(*TINY, *QUICK, "sampler=ddim"), *settings, f"run_dir={run}"))
+
+
+def test_initial_weights_of_other_latents_are_refused(run, trained, vae, tmp_path):
+    other = save_vae(tmp_path / "other", seed=1)
+    pixels = ["data.image_size=4", "model.channels=2"]  # the shape of the latents
+    latents, plain = f"init_from.path={run}", f"init_from.path={trained}"
+    for words, named in (
+        ([latents, *pixels], rf"init_from=.*autoencoder={vae}"),
+        ([latents, f"autoencoder.path={other}"], rf"autoencoder={other}.*autoencoder={vae}"),
+        ([plain, f"autoencoder.path={vae}"], rf"init_from=.*autoencoder={vae}"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            resolve(compose("train", *once(*TINY, *QUICK, *words, f"run_dir={tmp_path}")), None, None)
+    moved = shutil.copytree(vae, tmp_path / "moved")
+    cfg = compose("train", *TINY, *QUICK, latents, f"autoencoder.path={moved}", f"run_dir={tmp_path / 'new'}")
+    assert build(cfg).initial
 
 
 def test_exported_pipeline_has_its_own_autoencoder(tmp_path):
