@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from src.viz.fonts import default_font, font_for
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -77,6 +79,29 @@ def new_figure(
 def render_figure(figure: "Figure") -> Image.Image:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    _set_fonts(figure)
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _set_fonts(figure: "Figure") -> None:
+    """Draw every text by a font that has its characters (`font_for`), and dollar signs not as mathematics."""
+    from matplotlib.text import Text
+
+    def drawable(text: str) -> str:
+        return "\n".join(font_for(line)[1] for line in text.split("\n"))
+
+    for axis in [each for axes in figure.axes for each in (axes.xaxis, axes.yaxis)]:
+        texts = [label.get_text() for label in axis.get_ticklabels()]
+        if (drawn := [*map(drawable, texts)]) != texts:
+            axis.set_ticks(axis.get_ticklocs(), drawn)
+    for label in figure.findobj(Text):
+        assert isinstance(label, Text)
+        text = drawable(label.get_text())
+        path, _ = font_for(text.replace("\n", " "))
+        label.set_parse_math(False)
+        if path != default_font() or text != label.get_text():
+            font = label.get_fontproperties().copy()
+            font.set_file(path)
+            label.set(text=text, fontproperties=font)

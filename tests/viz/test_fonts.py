@@ -4,9 +4,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.font_manager import FontEntry, fontManager
 from PIL import Image
 
+from src.viz import charts
 from src.viz.fonts import font_for
 from src.viz.images import add_title
 
@@ -36,3 +38,28 @@ def test_text_is_drawn_by_a_font_that_has_it(monkeypatch):
     assert darkness(SCRIPT_G).sum() > 0
     assert Path(font_for("é")[0]).name == "DejaVuSans.ttf"
     font_for.cache_clear()
+
+
+def drawn_columns(name: str, category: str) -> np.ndarray:
+    """Draw a column of numbers and one of categories, with a legend."""
+    values = torch.tensor([[0.5, 0.0], [1.5, 1.0]])
+    picture = charts.marginals(values, values, [name, "b"], [[], [category, "other"]], (category, name))
+    return np.asarray(picture, dtype=int)
+
+
+def test_labels_of_charts_have_the_same_characters():
+    """Titles, categories on an axis and the legend; dollar signs are not mathematics, which could be invalid."""
+    placeholder = drawn_columns("$\\frac [U+0378]$", "[U+0378]")
+    assert (drawn_columns(f"$\\frac {UNASSIGNED}$", UNASSIGNED) == placeholder).all()
+    assert (drawn_columns("$\\frac [U+0379]$", "[U+0378]") != placeholder).any()
+
+
+def test_labels_of_charts_use_a_font_that_has_them(monkeypatch):
+    stix = FontEntry(fname=str(FONTS / "STIXGeneral.ttf"), name="STIXGeneral")
+    box = drawn_columns(f"[U+{ord(SCRIPT_G):04X}]", "a")
+    monkeypatch.setattr(fontManager, "ttflist", [stix])
+    font_for.cache_clear()
+    named = drawn_columns(SCRIPT_G, "a")
+    font_for.cache_clear()
+    assert named.shape == box.shape and (named != box).any()
+    assert (named != drawn_columns(" ", "a")).any()
