@@ -62,7 +62,7 @@ def _key(override: str) -> str:
 
 
 def _training_hint(command: str, group: str) -> str:
-    """Return the end of an error about a setting in a group of src.train alone; empty for other groups."""
+    """Return the end of an error about a setting in a group that only src.train has; empty for other groups."""
     if command == "train" or f"\n  - {group}: " not in (CONF / "train.yaml").read_text(encoding="utf-8"):
         return ""
     has_run = command in ("sample", "evaluate", "export", "compare")

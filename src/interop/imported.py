@@ -63,7 +63,7 @@ def read_pt(path: Path) -> dict[str, Tensor]:
 
 
 def tensor_names(path: Path) -> frozenset[str]:
-    """Return the names of the tensors in a safetensors file; none of a damaged one."""
+    """Return the names of the tensors in a safetensors file; empty for a corrupted file."""
     try:
         with safe_open(path, "pt") as file:
             return frozenset(file.keys())
