@@ -380,8 +380,9 @@ def _check_task(typed: Mapping[str, str], cfg: DictConfig) -> None:
         if name.split(".")[0] in DIFFUSION_ONLY or name in DIFFUSION_ONLY:
             raise UsageError(f"{typed[name]} has no effect with task=autoencoder; leave it out")
     if "image_size" not in cfg.data:
-        line = typed.get("data", "task=autoencoder")
-        raise UsageError(f"{line} has no images, which task=autoencoder needs; choose data=folder, for example")
+        raise UsageError(
+            f"task=autoencoder needs images, unlike {typed.get('data', 'these data')}; choose data=folder, for example"
+        )
 
 
 def _lies_in(value: float, rule: str) -> bool:
