@@ -352,7 +352,7 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
     if command == "evaluate":
         others = sorted(n for n in typed if not re.match(r"hydra[./]|analytic|seed$", n))
-        of_analytic = sorted(name for name in typed if name.startswith("analytic"))
+        of_analytic = sorted(name for name in typed if name.startswith("analytic_"))
         if cfg.get("analytic") and others:
             raise UsageError(
                 f"{typed[others[0]]} has no effect with {typed.get('analytic', 'analytic')}, which needs no run; "

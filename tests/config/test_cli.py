@@ -133,18 +133,12 @@ def test_hint_can_be_typed(words, wanted):
 
 def test_refusal_repeats_the_typed_override():
     for command, *overrides, refused in (
-        *(("train", "task=autoencoder", f"{group}={each}") for group, each in (("sampler", "ddim"), ("loss", "vlb"))),
-        *(("train", "task=autoencoder", word) for word in ("loss.type=l1", "callbacks.samples.num_samples=4")),
-        *(("train", "task=autoencoder", word) for word in ("data=points", "repa=default", "experiment=digits")),
-        *(("train", f"{group}=autoencoder") for group in ("model", "loss")),
-        ("train", "optimizer.betas=[0.9,x]"),
+        *(("train", "task=autoencoder", word) for word in ("sampler=ddim", "loss=vlb", "loss.type=l1", "data=points")),
+        ("train", "model=autoencoder"),
         ("train", "autoencoder.scale=2"),
-        ("train", "trainer.val_check_interval=5", "validate_every=4"),
-        ("train", "sweep=schedules"),
         ("evaluate", "analytic=mixture", "run=FOLDER"),
         ("evaluate", "analytic_samples=20"),
         ("evaluate", "ema=[0.05,0.5]"),
-        ("doctor", "data=digits", "steps=-1"),
     ):
         with pytest.raises(UsageError) as error:
             check_overrides(command, [*overrides, refused])
