@@ -165,6 +165,9 @@ ALLOW_EMPTY = ("cond", "negative")
 
 ALLOW_INFINITE = ("guidance.interval",)
 
+PAIRS = ("optimizer.betas", "guidance.interval", "data.value_range")
+"""Lists of two numbers."""
+
 DIFFUSION_ONLY = (
     *("schedule", "diffusion", "timestep_sampler", "weighting", "sampler", "guidance", "conditioning", "neighbors"),
     *("snr_shift", "zero_terminal_snr", "repa", "autoencoder", "data.coupling"),
@@ -242,6 +245,9 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
         others = [each for each in value if isinstance(each, str | bool)] if isinstance(value, list) else []
         if any("${" not in str(each) for each in others):
             raise UsageError(f"{name}={typed or literal(value)} must be a list of numbers, such as {literal(default)}")
+    if name in PAIRS and isinstance(value, list) and len(value) != 2:
+        example = literal(default) if isinstance(default, list) else "[low,high]"
+        raise UsageError(f"{name}={typed or literal(value)} must be two numbers, such as {example}")
     for kind, fits, rule in (
         (bool, bool, "true or false"),
         (int, int, "an integer"),

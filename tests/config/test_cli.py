@@ -64,6 +64,7 @@ def test_format_override_survives_shell_and_hydra(value):
         ("model.channel_mult=2", ["model.channel_mult=2", "list"]),
         ("optimizer.lr=fast", ["optimizer.lr=fast", "number"]),
         ("optimizer.lr=-1", ["optimizer.lr=-1"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]"]),
         ("recipe.lr=-1", ["recipe.lr=-1"]),
         ("recipe.max_steps=1.5", ["recipe.max_steps=1.5", "integer"]),
         ("trainer.max_steps=all", ["trainer.max_steps=all", "integer"]),
