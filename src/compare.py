@@ -17,6 +17,7 @@ from src.config.words import key_of, split_arguments
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, quoted, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
+from src.quoting import format_override, quoted
 from src.runs.evaluation import check_lengths, quality_settings
 from src.viz.tables import write_json
 
@@ -36,8 +37,8 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
                 print(f"skipping {note}")
         if len(runs) < 2:
             raise ValueError(
-                f"runs=... needs at least 2 finished runs, got {len(runs)} of {len(folders)}: add folders, or finish "
-                "the skipped runs"
+                f"{format_override('runs', paths)} must have at least 2 finished runs, got {len(runs)} of "
+                f"{len(folders)}: add folders, or finish the skipped runs"
             )
         check_same_data(runs, cfg.data.root is None)
         check_autoencoder(runs, cfg.autoencoder)
@@ -116,8 +117,8 @@ def with_runs(arguments: Sequence[str]) -> list[str]:
     if not folders:
         return [*flags, *overrides]
     others = [word for word in overrides if word not in folders]
-    if "runs" in map(key_of, others):
-        raise UsageError(f"runs=... cannot be combined with the folder {folders[0]}: put all folders into one of them")
+    if typed := next((word for word in others if key_of(word) == "runs"), None):
+        raise UsageError(f"{typed} cannot be combined with the folder {folders[0]}: put all folders into one of them")
     return [*flags, *others, f"runs=[{','.join(map(quoted, folders))}]"]
 
 

@@ -10,6 +10,7 @@ from src.config.output import relative, start_output
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, memory_errors, usage_errors
 from src.evaluation.settings import QualitySettings, check_num_val
+from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
 from src.runs.evaluation import (
     announce_samples,
@@ -35,7 +36,10 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     folder = Path(cfg.run_dir)
     for name in ("run", "ckpt", "init_from.path"):
         if cfg.analytic and OmegaConf.select(cfg, name) is not None:
-            raise UsageError(f"{name}=... and analytic=..., which needs no run, exclude each other; leave one out")
+            override = format_override(name, str(OmegaConf.select(cfg, name)))
+            raise UsageError(
+                f"{override} has no effect with an analytic distribution, which needs no run; leave one out"
+            )
     if cfg.analytic and rank() > 0:
         return {}
     several = isinstance(cfg.ema, ListConfig)

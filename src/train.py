@@ -95,7 +95,7 @@ def print_once(text: str) -> None:
 
 
 def print_training_summary(run: "Run") -> None:
-    """Print what the data are, where the source says it, and the network, the devices and the run folder."""
+    """Print the summary of the data, if the source has one, the network, the steps, the devices and the run folder."""
     from src.training.callbacks.time_budget import TimeBudget
 
     if summary := getattr(run.data.source, "summary", ""):

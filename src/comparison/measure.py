@@ -106,7 +106,7 @@ def values_below(node: str, measurements: Measurements) -> dict[str, Any]:
 
 
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:
-    """Return a run with the paths of this machine; `cfg.autoencoder` is for those in latents."""
+    """Open a surveyed run with the paths of this machine; `cfg.autoencoder` replaces that of a run on latents."""
     autoencoder = cfg.autoencoder if has_autoencoder(run.settings) else None
     return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root, autoencoder=autoencoder)
 

@@ -39,14 +39,14 @@ def run_folders(paths: Sequence[str]) -> list[Path]:
     folders: list[Path] = []
     for folder in map(Path, paths):
         if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder.resolve()}: runs=... takes folders of runs or sweeps")
+            raise FileNotFoundError(f"no folder {folder.resolve()}: name folders of runs or sweeps")
         inside = [folder]
         if not is_run(folder):
             inside = sorted(
                 filter(is_run, folder.iterdir()), key=lambda job: (job.name.isdecimal() and int(job.name), job.name)
             )
         if not inside:
-            hint = newest_run("runs", folder) or ": runs=... takes folders of runs or sweeps"
+            hint = newest_run("runs", folder) or ": name folders of runs or sweeps"
             raise ValueError(f"no run in {folder}{hint}")
         folders += inside
     return list({folder.resolve(): folder for folder in folders}.values())
@@ -115,7 +115,7 @@ def check_same_data(runs: Sequence[SurveyedRun], with_root: bool) -> None:
                 raise ValueError(
                     f"data.{name} must be equal in all runs, but is {first.get(name)} in {runs[0].folder} and "
                     f"{other.get(name)} in {run.folder}: compare them separately"
-                    + (", or set data.root=... if both places hold the same data" if name == "root" else "")
+                    + (", or add data.root=FOLDER if both places hold the same data" if name == "root" else "")
                 )
 
 

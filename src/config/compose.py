@@ -11,7 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import explain_key, renamed_key, run_folder
 from src.config.search_path import CONF, unknown_option
-from src.errors import UsageError, first_line, near_matches, quoted, shell_word
+from src.errors import UsageError, first_line, first_names, near_matches
+from src.quoting import quoted, shell_word
 
 PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
 """Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
@@ -39,9 +40,11 @@ def compose(
         elif match := re.match(r"Error merging override (.*)", message):
             message = f"{match[1]} has an invalid value ({first_line(error.__cause__ or error)}); correct it"
         elif match := re.search(r"Multiple values for (\S+)\. To override", message):
-            message = f"{match[1]} is chosen already; type {match[1]}=... without the +"
+            line = next((each for each in overrides if _key(each) == match[1]), match[1])
+            message = f"{line} chooses a second {match[1]}; type {shell_word(line.lstrip('+'))} without the +"
         elif match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'(.*)", message):
             line = next((each for each in overrides if _key(each) == match[1]), match[1])
+            names = names or setting_names(hydra.compose(command))  # none yet if an option is wrong
             hint = key_hint(match[1], line.partition("=")[2] or "VALUE", names, groups)
             if match[1].startswith(("hydra.launcher", "hydra.sweeper")):
                 hint = "; choose its option first, as in hydra/launcher=slurm. --cfg hydra lists the settings"
@@ -59,7 +62,7 @@ def _key(override: str) -> str:
 
 
 def _training_hint(command: str, group: str) -> str:
-    """Return the end of an error about a setting in a group of src.train alone; empty for other groups."""
+    """Return the end of an error about a setting in a group that only src.train has; empty for other groups."""
     if command == "train" or f"\n  - {group}: " not in (CONF / "train.yaml").read_text(encoding="utf-8"):
         return ""
     has_run = command in ("sample", "evaluate", "export", "compare")
@@ -84,6 +87,12 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
         return f"; {explanation}"
     if new := renamed_key(key, [name for name in known if not name.startswith("hydra.")]):
         value = run_folder(value) if new in ("resume", "run") else value
+        own = [name for name in names if name.startswith(f"{new}.") and "._" not in name]
+        if own and new not in groups and not value.startswith("{"):  # a node, which takes no single value
+            is_switch = value.lower() in ("true", "false", "null")
+            if value.lower() == "true" or (len(own) > 1 and not is_switch):
+                return f"; its settings are {first_names(own)}"
+            new, value = (new, "null") if is_switch else (own[0], value)
         return f"; type {shell_word(f'{new}={value}')}"
     if key in groups:  # a group that this command does not have
         return ""

@@ -17,6 +17,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import (
+    CHOICES,
+    EXAMPLES,
     RECIPE,
     check_combinations,
     check_required,
@@ -33,10 +35,10 @@ MERGED_GROUPS = ("callbacks", "experiment", "logger", "sweep", "trainer")
 """Groups that merge several options into one configuration, as in logger=[csv,wandb]."""
 
 LISTS = (
-    *("names", "runs", "cond", "features", "length", "analytic_spacing"),
+    *("names", "runs", "cond", "features", "length", "analytic_spacing", "evaluate.ema"),
     *("data.root", "data.columns", "data.condition_columns"),
 )
-"""Settings that may be lists although their default is not one."""
+"""Settings, some of one command, that may be lists although their default is not one."""
 
 SUGGESTED = {read: suggested for suggested, read in RECIPE.items()}
 
@@ -138,13 +140,13 @@ def _check_typed(command: _Command, read: Sequence[Override], base: DictConfig, 
 def _check_composed(command: _Command, read: Sequence[Override], base: DictConfig, final: DictConfig) -> None:
     """Raise UsageError for settings that are invalid, missing, or exclude each other."""
     _check_typed(command, read, base, final)
-    check_required(command.name, base, final)
+    check_required(command.name, base, final, command.groups)
     last = {str(override.key_or_group): override for override in read}
-    names = {name for name, override in last.items() if override.value() is not None}
-    if "sweep" in names and not (command.multirun or "resume" in names):  # a resumed job of a sweep repeats it
-        raise UsageError("sweep=... needs -m, which runs one job for each combination of its values")
+    typed = {name: str(override.input_line) for name, override in last.items() if override.value() is not None}
+    if "sweep" in typed and not (command.multirun or "resume" in typed):  # a resumed job of a sweep repeats it
+        raise UsageError(f"{typed['sweep']} needs -m, which runs one job for each combination of its values")
     task = OmegaConf.masked_copy(final, [str(key) for key in final if key != "hydra"])
-    check_combinations(command.name, names, task)
+    check_combinations(command.name, typed, task)
     check_resolved(task, setting_names(task))
     check_values(task, command.name)
 
@@ -206,8 +208,8 @@ def expand_grid(config_name: str, overrides: Sequence[str], group: str, added: S
     if not any(o.is_sweep_override() for o in own):
         return list(overrides)
     rest = [str(o.input_line) for o in read if o not in own]
-    if any(o.key_or_group == f"{group}s" for o in read):
-        raise UsageError(f"{group}=... and {group}s=... exclude each other; leave one out")
+    if others := [o for o in read if o.key_or_group == f"{group}s"]:
+        raise UsageError(f"{own[0].input_line} and {others[0].input_line} exclude each other; leave one out")
     if wrong := [o for o in own if o.is_sweep_override() and not (o.is_choice_sweep() or o.is_range_sweep())]:
         raise UsageError(f"{wrong[0].input_line} is an interval; list its values, as in 10,20,50")
     (jobs,) = BasicSweeper.split_arguments(own, max_batch_size=None)
@@ -228,9 +230,12 @@ def _check_sweep(command: _Command, override: Override, read: Sequence[Override]
         raise UsageError(f"{override.input_line} is an interval; add -m hydra/sweeper=search to search it")
     if override.is_sweep_override() and not command.multirun:
         name, _, value = str(override.input_line).partition("=")
-        as_text = "" if name in command.groups else f", or type {format_override(name, value)} if it is one value"
         default = OmegaConf.select(base, name, throw_on_missing=False, throw_on_resolution_failure=False)
-        if override.is_choice_sweep() and (isinstance(default, ListConfig) or name in LISTS):
+        default = EXAMPLES.get(name, default)
+        is_text = isinstance(default, str | None) and name not in {*command.groups, *CHOICES}
+        as_text = f", or type {format_override(name, value)} if it is one value" if is_text else ""
+        is_list = isinstance(default, list | ListConfig) or not {name, f"{command.name}.{name}"}.isdisjoint(LISTS)
+        if override.is_choice_sweep() and is_list:
             raise UsageError(f"{override.input_line} is a sweep; for a list type {shell_word(f'{name}=[{value}]')}")
         raise UsageError(f"{override.input_line} is a sweep; add -m to run one job per value{as_text}")
 
@@ -252,6 +257,8 @@ def _check_key(override: Override, read: Sequence[Override], base: DictConfig, g
     target = "" if node is None else str(node._target_)
     hint = key_hint(key, _first_value(override).partition("=")[2], names, groups)
     other = _other_option(key, groups) if key.partition(".")[0] in names else ""
+    if other and base.get("task") == "autoencoder" and key.partition(".")[0] in ("callbacks", "loss", "model"):
+        raise UsageError(f"{line} has no effect with task=autoencoder; leave it out")
     if node is not None and target.startswith("src."):  # our YAMLs list every argument
         takes = first_names([name for name in map(str, node) if name[0] != "_"], 20) or "no settings"
         fix = other or hint.removeprefix("; ") or f"it takes {takes}"
@@ -283,9 +290,11 @@ def _other_option(key: str, groups: dict[str, list[str]]) -> str:
     found = []
     for option in groups.get(group, ()) if rest else ():
         with suppress(ValueError):  # a defaults list with options of another folder
-            node = load_option(group, option)
-            if any(OmegaConf.select(node, name, throw_on_missing=False) is not None for name in (rest, key)):
+            if not {rest, key}.isdisjoint(setting_names(load_option(group, option))):
                 found.append(f"{group}={option}")
+    if found == [f"{group}=autoencoder"]:
+        return "task=autoencoder has it: choose this"
+    found = [each for each in found if each != f"{group}=autoencoder"]
     return f"{first_names(found, 3)} {'has' if len(found) == 1 else 'have'} it: choose one" if found else ""
 
 
@@ -311,7 +320,8 @@ def _options(override: Override) -> list[str]:
     if override.is_sweep_override():
         values = [str(v) for v in override.sweep_string_iterator()] if override.is_choice_sweep() else []
     else:
-        values = [override.get_value_element_as_str()]
+        value = override.get_value_element_as_str()
+        values = [value.lower() if isinstance(override.value(), bool) else value]
     return [part.strip().strip("'\"") for v in values for part in v.strip("[]").split(",") if part.strip()]
 
 

@@ -117,7 +117,7 @@ def expand_sweep(overrides: list[str]) -> list[str]:
         return overrides
     if folder != "auto":
         raise UsageError(
-            f"{format_override('resume', folder)} must be auto for a sweep; select one with hydra.sweep.dir=..."
+            f"{format_override('resume', folder)} must be auto for a sweep; select one with hydra.sweep.dir=FOLDER"
         )
     if last_value(overrides, "hydra.sweep.dir") is not None:
         return overrides

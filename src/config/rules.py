@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from src.config.keys import FOREIGN_VALUES
-from src.errors import UsageError, did_you_mean, first_line, format_override
+from src.errors import UsageError, did_you_mean, first_line, first_names
+from src.quoting import literal
 
 RANGES = {
     # Every command.
@@ -95,6 +96,7 @@ RANGES = {
     "analytic_samples": "[10, inf)",
     "num_steps": "[10, 10000]: 1000 is usual",
     "frames": "[2, inf)",
+    "steps": "[0, inf)",
 }
 """Interval of each number, by setting or argument of a `_target_` or command, or by pattern; a comment may follow a
 colon. The constructors repeat them for whoever calls them from Python."""
@@ -163,11 +165,20 @@ ALLOW_EMPTY = ("cond", "negative")
 
 ALLOW_INFINITE = ("guidance.interval",)
 
+PAIRS = ("optimizer.betas", "guidance.interval", "data.value_range")
+"""Lists of two numbers."""
+
 DIFFUSION_ONLY = (
     *("schedule", "diffusion", "timestep_sampler", "weighting", "sampler", "guidance", "conditioning", "neighbors"),
-    *("snr_shift", "zero_terminal_snr"),
+    *("snr_shift", "zero_terminal_snr", "repa", "autoencoder", "data.coupling"),
 )
 """Settings of a diffusion model that have no meaning for `task=autoencoder`."""
+
+AUTOENCODER_TARGETS = {
+    "model": "src.models.autoencoder.KLAutoencoder",
+    "loss": "src.training.autoencoder.AutoencoderLoss",
+}
+"""Network and loss of `task=autoencoder`."""
 
 LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
@@ -190,19 +201,20 @@ def _rule(name: str) -> str | None:
 def check_value(name: str, value: Any, argument: str = "") -> None:
     """Raise UsageError if `value` breaks the rule of the setting `name`, or of the `argument` of a `_target_`.
 
-    Values of another type, such as null or auto, have no range.
+    Of a list, each number is checked. Values of another type, such as null or auto, have no range.
     """
     rule = _rule(argument) or _rule(name)
-    if rule and isinstance(value, int | float) and not isinstance(value, bool) and not _lies_in(value, rule):
+    values = list(value) if isinstance(value, list | ListConfig) else [value]
+    numbers = [each for each in values if isinstance(each, int | float) and not isinstance(each, bool)]
+    if rule and not all(_lies_in(each, rule) for each in numbers):
         at_least = rule.removeprefix("[").removesuffix(", inf)")
         wanted = f"at least {at_least}" if f"[{at_least}, inf)" == rule else f"in {rule}"
-        raise UsageError(f"{name}={value} must be {wanted}")
+        raise UsageError(f"{name}={literal(value)} must be {wanted}")
     if other := FOREIGN_VALUES.get(f"{name.rpartition('.')[2]}={value}"):
         raise UsageError(f"{name}={value} is a name of another library; type {name}={other}")
     choices = CHOICES.get(name)
     if choices is None or value is None or isinstance(value, dict | DictConfig):
         return
-    values = list(value) if isinstance(value, list | ListConfig) else [value]
     for each in values or ["[]"]:
         if each not in choices and "${" not in str(each):
             raise UsageError(f"{name}={each} must be one of {', '.join(choices)}")
@@ -232,7 +244,10 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     if isinstance(default, list) and default and all(isinstance(each, int | float) for each in default):
         others = [each for each in value if isinstance(each, str | bool)] if isinstance(value, list) else []
         if any("${" not in str(each) for each in others):
-            raise UsageError(f"{name}={typed or value} must be a list of numbers, such as {default}")
+            raise UsageError(f"{name}={typed or literal(value)} must be a list of numbers, such as {literal(default)}")
+    if name in PAIRS and isinstance(value, list) and len(value) != 2:
+        example = literal(default) if isinstance(default, list) else "[low,high]"
+        raise UsageError(f"{name}={typed or literal(value)} must be two numbers, such as {example}")
     for kind, fits, rule in (
         (bool, bool, "true or false"),
         (int, int, "an integer"),
@@ -242,8 +257,7 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
     ):
         if isinstance(default, kind):
             if not isinstance(value, fits) or isinstance(value, bool) != isinstance(default, bool):
-                shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-                raise UsageError(f"{name}={typed or shown} must be {rule}{_example(name, default, value)}")
+                raise UsageError(f"{name}={typed or literal(value)} must be {rule}{_example(name, default, value)}")
             return
 
 
@@ -251,7 +265,9 @@ def _example(name: str, default: Any, value: Any) -> str:
     """Return the end of the error about a value of a wrong type: what to type instead, or the default."""
     if isinstance(default, dict):
         has_switch = "enabled" in default and isinstance(value, bool)
-        return f"; type {name}.enabled={str(value).lower()}" if has_switch else ""
+        if has_switch or value is False:
+            return f"; type {name}.enabled={literal(value)}" if has_switch else f"; type {name}=null"
+        return f"; its settings are {first_names([f'{name}.{key}' for key in default if key[0] != '_'])}"
     if isinstance(default, bool) or "${" in str(default):
         return ", or the length of an average, such as 0.1" if name == "ema" else ""
     if isinstance(default, int):
@@ -260,8 +276,7 @@ def _example(name: str, default: Any, value: Any) -> str:
         if ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value)):
             sweep = f"-m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
             return f", such as {default}; for one job per value type {sweep}"
-    shown = re.sub(r"[' ]", "", str(default)) if isinstance(default, list) else default  # as it is typed
-    return f", such as {shown}"
+    return f", such as {literal(default)}"
 
 
 def _check_finite(name: str, default: Any, value: Any) -> None:
@@ -307,39 +322,73 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
             raise UsageError(message) from error
 
 
-def check_required(command: str, default: DictConfig, cfg: DictConfig) -> None:
-    """Raise UsageError for a default setting that `cfg` lacks, or a default node that has lost its `_target_`."""
+def check_required(
+    command: str, default: DictConfig, cfg: DictConfig, groups: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """Raise UsageError for a default setting that `cfg` lacks, or a default node that has lost its `_target_`.
+
+    `groups` has the options of all groups, for the message.
+    """
     for name in map(str, default.keys() - set(OPTIONAL)):
         before, now = (
             OmegaConf.select(c, f"{name}._target_", throw_on_resolution_failure=False) for c in (default, cfg)
         )
         if name not in cfg or (before and not now):
-            raise UsageError(f"{name}=null or ~{name} leaves src.{command} without {name}; choose a value of {name}")
+            options = (groups or {}).get(name)
+            fix = f"choose one of {', '.join(options)}" if options else "give it a value"
+            raise UsageError(f"{name}=null and ~{name} leave src.{command} without {name}; {fix}")
 
 
-def check_combinations(command: str, names: Set[str], cfg: DictConfig) -> None:
-    """Raise UsageError if typed settings, in `names`, exclude each other or have no effect in the command."""
+def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) -> None:
+    """Raise UsageError if typed settings exclude each other or have no effect in the command.
+
+    `typed` has the override of each setting that is not null, by the name of the setting.
+    """
     one, other = "validate_every", "trainer.val_check_interval"
-    if {one, other} <= names:
-        raise UsageError(f"{one}=... and {other}=... exclude each other; leave one out, or type {other}=null")
-    if command == "train" and cfg.get("task") == "autoencoder":
-        if without := sorted(name for name in names if name.split(".")[0] in DIFFUSION_ONLY):
-            raise UsageError(f"{without[0]}=... has no effect with task=autoencoder; leave it out")
-        if "image_size" not in cfg.data:
-            raise UsageError("task=autoencoder needs images, which these data are not; choose data=folder, for example")
-    of_latents = sorted(name for name in names if name.startswith("autoencoder.") and name != "autoencoder.path")
+    if {one, other} <= typed.keys():
+        raise UsageError(f"{typed[one]} and {typed[other]} exclude each other; leave one out, or type {other}=null")
+    if command == "train":
+        _check_task(typed, cfg)
+    of_latents = sorted(name for name in typed if name.startswith("autoencoder.") and name != "autoencoder.path")
     if of_latents and OmegaConf.select(cfg, "autoencoder.path") is None:
-        override = format_override(of_latents[0], OmegaConf.select(cfg, of_latents[0]))
-        raise UsageError(f"{override} has no effect without an autoencoder; leave it out, or add autoencoder=FOLDER")
+        raise UsageError(
+            f"{typed[of_latents[0]]} has no effect without an autoencoder; leave it out, or add autoencoder=FOLDER"
+        )
     if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
     if command == "evaluate":
-        typed = {n for n in names if not re.match(r"hydra[./]", n)} - {"analytic", "seed", "run", "ckpt"}
-        of_analytic = {name for name in typed if name.startswith("analytic")}
-        if cfg.get("analytic") and (others := sorted(typed - of_analytic)):
-            raise UsageError(f"{others[0]}=... has no effect with analytic=...; leave it out, or type run=FOLDER")
+        others = sorted(n for n in typed if not re.match(r"hydra[./]|analytic|seed$", n))
+        of_analytic = sorted(name for name in typed if name.startswith("analytic_"))
+        if cfg.get("analytic") and others:
+            raise UsageError(
+                f"{typed[others[0]]} has no effect with {typed.get('analytic', 'analytic')}, which needs no run; "
+                "leave one out"
+            )
         if of_analytic and not cfg.get("analytic"):
-            raise UsageError(f"{min(of_analytic)}=... needs analytic=...; leave it out, or add analytic=mixture")
+            raise UsageError(
+                f"{typed[of_analytic[0]]} has no effect without analytic=mixture; leave it out, or add that"
+            )
+
+
+def _check_task(typed: Mapping[str, str], cfg: DictConfig) -> None:
+    """Raise UsageError for settings of src.train that the task does not have."""
+    is_autoencoder = cfg.get("task") == "autoencoder"
+    for name, target in AUTOENCODER_TARGETS.items():
+        found = str(OmegaConf.select(cfg, f"{name}._target_"))
+        line = typed.get(name) or typed.get("experiment") or f"{name}._target_={found}"
+        if is_autoencoder and found.startswith("src.") and found != target:
+            raise UsageError(f"{line} is for diffusion models; leave it out, or task=autoencoder")
+        if not is_autoencoder and found == target:
+            raise UsageError(f"{line} is for autoencoders; add task=autoencoder")
+    if not is_autoencoder:
+        return
+    for name in sorted(typed):
+        if name.split(".")[0] in DIFFUSION_ONLY or name in DIFFUSION_ONLY:
+            raise UsageError(f"{typed[name]} has no effect with task=autoencoder; leave it out")
+    if "image_size" not in cfg.data:
+        raise UsageError(
+            f"task=autoencoder needs images, unlike {typed.get('data', 'these data')}; choose data=folder, for example"
+        )
 
 
 def _lies_in(value: float, rule: str) -> bool:

@@ -127,6 +127,6 @@ def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     new = FOREIGN_OPTIONS.get(f"{group}={option}")
     new = new or next((f"{other}={option}" for other, names in config_groups().items() if option in names), None)
     hint = f"; type {new}. The" if new else "; the"
-    if not new and (close := near_matches(option, options)):
+    if not new and (close := near_matches(option.lower().replace("-", "_"), options)):
         hint = f"; did you mean {close[0]}? The"
     return f"unknown {group} '{option}'{hint} choices are {', '.join(options)}"

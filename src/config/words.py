@@ -181,8 +181,8 @@ def _other_form(name: str, value: str, following: Sequence[str]) -> str | None:
     """Return the hint for a tuple, a trailing comma, or a list that a shell has split at its spaces."""
     if match := re.fullmatch(r"\((.*?),?\)", value):
         return f"a list has brackets: type {shell_word(f'{name}=[{match[1]}]')}"
-    if re.fullmatch(r"[^\[{(]*[^\[{(,],+", value):
-        value = value.rstrip(",")
+    if re.fullmatch(r"[^\[{(]*[^\[{(,],+|\[.*[^\[,],+\]", value):
+        value = re.sub(r",+(\]?)$", r"\1", value)
         return f"remove the comma at its end: type {shell_word(f'{name}={value}')}"
     for count in range(1, len(following) + 1 if value.startswith("[") else 0):
         joined = value + "".join(following[:count])
@@ -217,5 +217,7 @@ def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[
         return f"type {format_override(setting, [word] if setting == 'runs' else word)}"
     if config_name == "schedules" and word in groups["schedule"]:
         return f"type {format_override('names', [each for each in words if '=' not in each])}"
+    if options := groups.get(word):
+        return f"choose an option: type {word}={options[0]}. The choices are {', '.join(options)}"
     found = [f"{group}={word}" for group, options in groups.items() if word in options]
     return f"type {' or '.join(found)}" if found else "overrides look like key=value, without spaces"

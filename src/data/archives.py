@@ -45,7 +45,7 @@ def open_member(root: Path, name: str) -> BinaryIO:
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Return a part of a file. Raises OSError if the file ends before it."""
+    """Return a part of a file. Raises OSError if the file is too short."""
     with path.open("rb") as file:
         file.seek(offset)
         contents = file.read(size)

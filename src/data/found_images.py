@@ -136,8 +136,8 @@ def without_linked(found: FoundImages) -> FoundImages:
     kept = found.keep([held or inodes.get(k) not in held_out for k, held in enumerate(is_val)], "used for validation")
     if kept.val_mask is not None and kept.val_mask.all():
         raise ValueError(
-            f"{format_override('data.root', str(found.root))} must have training samples that are not links to "
-            "validation samples, or their targets; replace the links, or set data.val_root to other files"
+            f"{format_override('data.root', str(found.root))} needs training samples, and all are links "
+            "to validation samples or the targets of such links; replace the links, or set data.val_root to other files"
         )
     return kept
 

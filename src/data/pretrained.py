@@ -122,8 +122,8 @@ class _Encoder:
         folder = encoder_folder(model)
         if fingerprint_of(folder) != fingerprint:
             raise ValueError(
-                f"{model} is not the encoder that this run was trained with; set encoder=... to that one, or train a "
-                "new run"
+                f"{model} is not the encoder that this run was trained with; type encoder=FOLDER with that one, or "
+                "train a new run"
             )
         num_features(folder, max_length)  # checks max_length
         package = import_optional("transformers")

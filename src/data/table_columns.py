@@ -113,8 +113,8 @@ def _parse_free_columns(table: Table, settings: ColumnSettings) -> tuple[dict[st
             parsed[name] = cells
         elif explicit:
             raise ValueError(
-                f"{table.place(0)}: column {name!r} is {table.column(name)[0]!r:.40}, and the column is left out "
-                f"({cells.why}); remove it from data.columns, or add {type_override(name, 'category')}"
+                f"{table.place(0)}: column {name!r} has cells such as {table.column(name)[0]!r:.40} and cannot be "
+                f"modeled ({cells.why}); remove it from data.columns, or add {type_override(name, 'category')}"
             )
         else:
             left_out[name] = cells.why

@@ -197,7 +197,7 @@ class SampleEvaluator:
         if classifier.accuracy < 0.1 + 1 / len(labels.classes) and self.processes.rank == 0:
             warnings.warn(
                 f"the classifier's accuracy on validation images is {classifier.accuracy:.0%}, close to chance: choose "
-                "other features=...",
+                "another value of features",
                 stacklevel=2,
             )
         return classifier
@@ -287,7 +287,7 @@ def draw_batches(
         advance(min(stride, n - start))
     if num_corrupted := sum(processes.gather(num_corrupted)):
         raise ValueError(
-            f"{num_corrupted} of {n} samples are not finite: training diverged, or sampler=... or the guidance scale "
+            f"{num_corrupted} of {n} samples are not finite: training diverged, or the sampler or the guidance scale "
             f"{sampler.guidance.scale:g} is unsuitable"
         )
 

@@ -160,7 +160,7 @@ def to_diffusers(weights: Mapping[str, Tensor], model: Mapping[str, Any], output
 
 
 def convert(name: str, value: Tensor, out_channels: int) -> Tensor:
-    """Return a weight of DiT, in the layout of its authors and of diffusers, in ours; `name` is ours."""
+    """Convert a weight of DiT from the layout of its authors and of diffusers to ours; `name` is our name for it."""
     if name == TIME:
         return swap_halves(value)
     if name == "linear_in.weight":
@@ -181,7 +181,7 @@ def is_embedding(name: str) -> bool:
 
 
 def weight_names(depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield the name of each weight of our DiT with those of DiTTransformer2DModel: its copies, or its parts."""
+    """Yield each weight's name in our DiT, and in DiTTransformer2DModel those of its copies or of its parts."""
     blocks = [f"transformer_blocks.{k}" for k in range(depth)]
     for ours, theirs in TOP.items():
         yield from ((f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in ("weight", "bias"))

@@ -144,7 +144,7 @@ def _known(scheduler: Mapping[str, Any], name: str, default: str, known: Mapping
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a model folder, from safetensors in one or several files, or from torch's format.
 
-    Raises FileNotFoundError without such a file, and ValueError for a damaged one.
+    Raises FileNotFoundError without such a file, and ValueError for a corrupted one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

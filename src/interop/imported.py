@@ -84,7 +84,7 @@ def parse_flags(
 
 
 def tensor_names(path: Path) -> frozenset[str]:
-    """Return the names of the tensors in a safetensors file; none of a damaged one."""
+    """Return the names of the tensors in a safetensors file; empty for a corrupted file."""
     try:
         with safe_open(path, "pt") as file:
             return frozenset(file.keys())

@@ -100,7 +100,7 @@ class Inception:
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"no file {path} ({reason}): put {INCEPTION} there, or set inception_weights=..."
+                f"no file {path} ({reason}): put {INCEPTION} there, or type inception_weights=FILE"
             ) from error
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         if not self.fingerprint.startswith(sha256):

@@ -28,7 +28,7 @@ Text = Literal["cross", "joint"]
 class DiT(nn.Module):
     """Map x (B, C, *size), time (B,) in [0, 1] and cond (B, ...) to (B, C * outputs, *size), for any size.
 
-    Patches of `patch_size` positions each way become L tokens of width `hidden_size` for `depth` blocks of
+    Patches with sides of `patch_size` positions become L tokens of width `hidden_size` for `depth` blocks of
     self-attention and MLP. The time embedding and the vector of the condition shift and scale the norms of each block,
     and gate its branches, which start at 0 (adaLN-Zero). Sizes that `patch_size` does not divide are padded by
     repeating the edge, and the output is cropped.

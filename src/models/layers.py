@@ -239,7 +239,7 @@ def conv3(dims: int, in_channels: int, out_channels: int, backend: ConvBackend =
 
 
 def space_to_depth(x: Tensor, patch_size: int) -> Tensor:
-    """Move patches of `patch_size` positions each way into channels: (B, C, *size) -> (B, C * P, *size / patch_size).
+    """Move patches with sides of `patch_size` positions into channels: (B, C, *size) -> (B, C * P, *size / patch_size).
 
     P is patch_size^dims. Channels are in the order (channel, position in the patch) of `F.pixel_unshuffle`.
     """

@@ -47,7 +47,7 @@ class UNet(nn.Module):
       positions. An entry without such a stage is ignored, as in ADM, with a warning. The middle always attends.
     - Attention has `num_heads` heads, or heads of `num_head_channels` channels.
     - `resblock_updown` resamples inside residual blocks (ADM) instead of by plain convolutions (DDPM).
-    - `patch_size`: the first stage sees patches of this many pixels each way (Hoogeboom et al. 2023, arXiv 2301.11093,
+    - `patch_size`: side in pixels of the patches that the first stage sees (Hoogeboom et al. 2023, arXiv 2301.11093,
       sec. 3.3). Other sizes are padded by repeating the edge, and the output is cropped.
     - `condition` maps the width of the time embedding to the embedding of conditions. Its vector is added to the time
       embedding; cross-attention to its tokens follows each self-attention (Rombach et al. 2022, arXiv 2112.10752).

@@ -160,7 +160,7 @@ def check_sharding(run: Run) -> None:
     if not isinstance(run.trainer.strategy, FullyShardedStrategy):
         return
     if is_autoencoder(run.config):
-        raise ValueError("trainer=fsdp is for networks too large for a device, unlike an autoencoder: use trainer=ddp")
+        raise ValueError("trainer=fsdp does not support task=autoencoder; use trainer=ddp")
     if run.module.curve_weights:
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
     if isinstance(run.module, AlignedModule):

@@ -62,7 +62,7 @@ def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = N
         warnings.warn(f"{path} is corrupted; loading the next newest checkpoint", stacklevel=2)
     if (exported := folder / MODEL_FILE).is_file():
         return exported
-    hint = newest_run(name, folder) or ": has it trained?"
+    hint = newest_run(name, folder) or "; name a run that has saved one"
     raise FileNotFoundError(f"{folder.resolve()} has no intact checkpoint in checkpoints/, nor {MODEL_FILE}{hint}")
 
 

@@ -146,7 +146,7 @@ def build_analytic(cfg: DictConfig) -> "tuple[GaussianMixture, Schedule, dict[st
 def announce_samples(
     module: "DiffusionModule", n: int, calls: dict[str, int], size: int, what: str, processes: "Processes"
 ) -> None:
-    """Print how long it takes to draw `n` samples, with these network calls each, in batches of `size`."""
+    """Print the estimated time to draw `n` samples in batches of `size`; `calls` are the network calls per sample."""
     from src.evaluation.quality import estimate_seconds
 
     seconds = estimate_seconds(module, n, sum(calls.values()), size, processes.count)

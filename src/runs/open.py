@@ -85,7 +85,7 @@ def open_run(
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
         averaged = load_trained(module, checkpoint, path, ema)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # a file with objects of wrong types
-        raise ValueError(f"{path} describes no model of this project ({sentence(error)}): use another one") from error
+        raise ValueError(f"{path} is not a model of this project ({sentence(error)}): use another one") from error
     import torch
 
     from src.training.memory import keep_freed_memory

@@ -133,7 +133,7 @@ class DiffusionModule(SamplingModule, TrainingModule):
 
 
 def batch_positions(batch: Batch) -> Tensor:
-    """Return each sample's position in the global batch divided by its size, (B,) in [0, 1)."""
+    """Return each sample's position in the global batch, divided by the size of that batch, (B,) in [0, 1)."""
     x0 = batch["x"]
     # float32 even if the default type has lower precision
     return (batch["start"] + torch.arange(len(x0), device=x0.device, dtype=torch.float32)) / batch["total"]

@@ -233,8 +233,8 @@ class SamplingModule(L.LightningModule):
 def refuse_noise(x: Tensor) -> Tensor:
     """Raise ValueError: a noise function for samplers that must not add noise."""
     raise ValueError(
-        "sampler=... must be deterministic for a model with data.coupling=ot, which learns no score; choose "
-        "sampler=heun, sampler=dpmpp_2m or sampler=ddim, and leave out sampler.eta and sampler.s_churn"
+        "the sampler adds noise, and a model with data.coupling=ot needs a deterministic one, as it learns no score; "
+        "choose sampler=heun, sampler=dpmpp_2m or sampler=ddim, and leave out sampler.eta and sampler.s_churn"
     )
 
 

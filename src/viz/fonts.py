@@ -19,8 +19,8 @@ def default_font() -> str:
 def font_for(text: str) -> tuple[str, str]:
     """Return the file of a font for one line of text, and the text with the characters that this font has.
 
-    The font is DejaVu Sans, or the one among the fonts that matplotlib finds on this machine that has more of the
-    characters. The others become their code points, such as [U+6C34].
+    The font is DejaVu Sans, or another installed font if that has more of the characters. Characters without a glyph
+    become their code points, such as [U+6C34].
     """
     text = " ".join(text.split())
     best, missing = default_font(), set(map(ord, text)) - _characters(default_font())

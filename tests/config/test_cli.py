@@ -63,6 +63,7 @@ def test_format_override_survives_shell_and_hydra(value):
         ("model.channel_mult=2", ["model.channel_mult=2", "list"]),
         ("optimizer.lr=fast", ["optimizer.lr=fast", "number"]),
         ("optimizer.lr=-1", ["optimizer.lr=-1"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas=[0.9]"]),
         ("recipe.lr=-1", ["recipe.lr=-1"]),
         ("recipe.max_steps=1.5", ["recipe.max_steps=1.5", "integer"]),
         ("trainer.max_steps=all", ["trainer.max_steps=all", "integer"]),
@@ -108,6 +109,11 @@ def test_suggestion_that_nothing_reads_warns():
         (["trainer.max_steps=1e3"], ["trainer.max_steps=1000"]),
         (["trainer.precision=fp16"], ["trainer.precision=16-mixed"]),
         (["debug=default"], ["debug=fast_dev_run"]),
+        (["debug"], ["debug=fast_dev_run"]),
+        (["optimizer.betas=[0.9,0.99,]"], ["optimizer.betas=[0.9,0.99]"]),
+        (["callbacks.ema=false"], ["callbacks.ema=null"]),
+        (["ema=0.99"], ["callbacks.ema.decay=0.99"]),
+        (["vae=FOLDER"], ["autoencoder.path=FOLDER"]),
         (["seed=0..2"], ["-m", "seed=range(0,3)"]),
         (["-cfg", "job"], ["--cfg"]),
     ],
@@ -125,9 +131,35 @@ def test_hint_can_be_typed(words, wanted):
     check_overrides("train", overrides, multirun="-m" in flags)
 
 
+def test_refusal_repeats_the_typed_override():
+    for command, *overrides, refused in (
+        *(("train", "task=autoencoder", word) for word in ("sampler=ddim", "loss=vlb", "loss.type=l1", "data=points")),
+        ("train", "model=autoencoder"),
+        ("train", "autoencoder.scale=2"),
+        ("evaluate", "analytic=mixture", "run=FOLDER"),
+        ("evaluate", "analytic_samples=20"),
+        ("evaluate", "ema=[0.05,0.5]"),
+    ):
+        with pytest.raises(UsageError) as error:
+            check_overrides(command, [*overrides, refused])
+        assert refused in str(error.value) and "..." not in str(error.value)
+
+
+def test_sweep_of_numbers_is_not_offered_as_text():
+    for command, word in (
+        ("sample", "seed=0,1"),
+        ("sample", "guidance.scale=1,2"),
+        ("export", "format=onnx,diffusers"),
+    ):
+        with pytest.raises(UsageError, match=word.partition("=")[0]) as error:
+            check_overrides(command, [word])
+        assert " type " not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("word", "fragment"),
     [
+        ("loss.kl_weight=1", "task=autoencoder"),
         ("sampler.foo=3", "has no argument 'foo'"),
         ("test=true", "src.evaluate run="),
         ("train=false", "src.evaluate run="),

@@ -21,7 +21,7 @@ from tests.conftest import compose
 
 CSV = Path(__file__).parents[1] / "measurements.csv"
 
-# Choices that need more than themselves to be complete.
+# Options that need further overrides.
 ALSO = {
     ("schedule", "custom"): ["schedule.betas=[" + ",".join(["0.1"] * 20) + "]"],
     ("data", "array"): ["data.root=x", "data.channels=2", "data.image_size=[32]"],

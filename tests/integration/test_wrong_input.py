@@ -211,7 +211,7 @@ def test_any_callback_can_be_removed(tmp_path):
             check_overrides("train", [out])
         cfg = compose("train", *settings, f"callbacks.{name}=null", f"run_dir='{tmp_path / name}'")
         removed = compose("train", *settings, f"~callbacks.{name}").callbacks
-        assert {**removed, name: None} == cfg.callbacks  # so building one is building the other
+        assert {**removed, name: None} == cfg.callbacks  # so both build the same run
         run = build(cfg)
         left = {str(each["_target_"]).rpartition(".")[2] for each in run.module.hparams.callbacks.values() if each}
         kinds = {type(each).__name__ for each in run.trainer.callbacks}

