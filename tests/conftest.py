@@ -1,5 +1,6 @@
 """Shared by the tests: configurations composed as on the command line, and one small trained run."""
 
+import gc
 import os
 import tempfile
 from contextlib import nullcontext
@@ -17,6 +18,8 @@ from src.diffusion.noise import NoiseLevel, NoiseSchedule, per_sample
 
 # Tiny convolutions gain nothing from a second thread and become much slower beside other processes.
 torch.set_num_threads(1)
+
+gc.set_threshold(20_000, 20, 20)  # the default searches the many objects of imported modules for garbage all the time
 
 os.environ["DIFFUSION_CACHE"] = tempfile.mkdtemp(prefix="diffusion-cache-")  # not the user's
 
