@@ -15,9 +15,8 @@ from src.config.resolvers import wandb_offline
 from src.config.rules import check_values
 from src.config.words import key_of, split_arguments
 from src.distributed.ranks import rank
-from src.errors import UsageError, data_errors, memory_errors, quoted, usage_errors
+from src.errors import UsageError, data_errors, format_override, memory_errors, quoted, usage_errors
 from src.evaluation.settings import check_num_val, check_reverse_variance
-from src.quoting import format_override, quoted
 from src.runs.evaluation import check_lengths, quality_settings
 from src.viz.tables import write_json
 

@@ -8,9 +8,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.distributed.ranks import rank
-from src.errors import UsageError, data_errors, memory_errors, usage_errors
+from src.errors import UsageError, data_errors, format_override, memory_errors, usage_errors
 from src.evaluation.settings import QualitySettings, check_num_val
-from src.quoting import format_override
 from src.runs.checkpoints import find_checkpoint
 from src.runs.evaluation import (
     announce_samples,

@@ -11,8 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from src.config.keys import explain_key, renamed_key, run_folder
 from src.config.search_path import CONF, unknown_option
-from src.errors import UsageError, first_line, first_names, near_matches
-from src.quoting import quoted, shell_word
+from src.errors import UsageError, first_line, first_names, near_matches, quoted, shell_word
 
 PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
 """Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""

@@ -11,8 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from src.config.keys import FOREIGN_VALUES
-from src.errors import UsageError, did_you_mean, first_line, first_names
-from src.quoting import literal
+from src.errors import UsageError, did_you_mean, first_line, first_names, literal
 
 RANGES = {
     # Every command.
