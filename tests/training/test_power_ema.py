@@ -1,8 +1,8 @@
 """Averages of any length, from snapshots of two: mathematics, callback, commands and refusals."""
 
 import json
-import re
 import math
+import re
 from pathlib import Path
 
 import numpy as np
