@@ -59,7 +59,7 @@ class MuonAdamW(Optimizer):
         hidden, others = [], []
         for group in params:
             settings = {name: value for name, value in group.items() if name not in ("params", "matrices")}
-            names = group.get("matrices", dict.fromkeys(group["params"], ""))
+            names = group.get("matrices", {p: "" for p in group["params"] if p.ndim > 1})
             matrices = {p for p in group["params"] if p in names and not _matches(names[p], adamw)}
             hidden.append({**settings, "params": [p for p in group["params"] if p in matrices]})
             others.append({**settings, "params": [p for p in group["params"] if p not in matrices]})
