@@ -14,7 +14,7 @@ from src.runs.checkpoints import find_checkpoint
 def ema(cfg: DictConfig) -> list[Path]:
     """Write a model with the average of each `length` next to the snapshots of a run, and return the files."""
     with usage_errors():
-        path = find_checkpoint(cfg.run, cfg.ckpt)
+        path = find_checkpoint(cfg.run, cfg.ckpt, takes_models=False)
         from src.training.checkpoints import exportable_settings, read_checkpoint, weights_of, write_exported
         from src.training.power_ema import averaged_checkpoint, averages_folder, tracked_averages
 

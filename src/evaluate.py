@@ -56,8 +56,6 @@ def evaluate_lengths(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         check_lengths(find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path), cfg.ema)
     results = {}
     for length in cfg.ema:
-        if rank() == 0:
-            print(f"\nAverage of length {length:g}:", flush=True)
         settings = OmegaConf.merge(cfg, {"ema": length})
         assert isinstance(settings, DictConfig)
         results[f"{length:g}"] = evaluate_run(settings, folder, f"ema_{length:g}")
@@ -79,6 +77,8 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         places = cfg.data.root, cfg.encoder, cfg.init_from, cfg.autoencoder
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, *places)
         configure_inference(opened, cfg.precision, cfg.compile)
+        if opened.length is not None and rank() == 0:
+            print(f"\nAverage of length {opened.length:g}:", flush=True)
         samplers = build_samplers(cfg, opened)
         if rank() == 0:  # prepares the data for the other processes
             opened.data.prepare_data()

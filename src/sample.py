@@ -77,7 +77,8 @@ def sample(cfg: DictConfig) -> Path:
         lines = [each if isinstance(each, str) else condition.title(each) for each in prompts]
         (folder / "conditions.txt").write_text("".join(f"{lines[k]}\n" for k in prompt_of), encoding="utf-8")
     summary = sampler_summary(settings, sampler, opened.module.schedule)
-    print(f"{cfg.n} samples of {relative(opened.checkpoint)} by {summary}")
+    weights = "" if opened.length is None else f" (average of length {opened.length:g})"
+    print(f"{cfg.n} samples of {relative(opened.checkpoint)}{weights} by {summary}")
     print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(path)}")
     return folder
 

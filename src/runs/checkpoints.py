@@ -20,20 +20,24 @@ if TYPE_CHECKING:
     from src.training.base import TrainingModule
 
 
-def find_checkpoint(run: str | None, ckpt: str | None, init_from: str | None = None, setting: str = "run") -> Path:
+def find_checkpoint(
+    run: str | None, ckpt: str | None, init_from: str | None = None, setting: str = "run", takes_models: bool = True
+) -> Path:
     """Return the newest intact checkpoint in the folder `run`, the file `ckpt`, or the model `init_from`.
 
     Each takes a folder or a file; the folder of a diffusers model is returned itself, and a folder without checkpoints
     may hold an exported model. A model of the Hugging Face Hub, `hf://user/name`, is downloaded. `setting` is the
-    name of `run` in messages. Raises FileNotFoundError without a model there, and ValueError unless exactly one of the
-    three is given.
+    name of `run` in messages, which do not offer `init_from` without `takes_models`. Raises FileNotFoundError without a
+    model there, and ValueError unless exactly one of the three is given.
     """
     given_settings = {setting: run, "ckpt": ckpt, "init_from": init_from}
     typed = {name: value for name, value in given_settings.items() if value is not None}
     if len(typed) != 1:
+        sources = ["run=FOLDER (a run folder, under outputs/train, or hf://user/name)"]
+        sources += ["ckpt=FILE (one checkpoint or exported model)", "init_from=FOLDER (a model of another project)"]
+        offered = sources if takes_models else ["run=FOLDER (a run folder, under outputs/train)", "ckpt=FILE"]
         raise ValueError(
-            "give one of run=FOLDER (a run folder, under outputs/train, or hf://user/name), ckpt=FILE (one checkpoint "
-            "or exported model) and init_from=FOLDER (a model of another project)"
+            f"give one of {', '.join(offered[:-1])} and {offered[-1]}"
             + ("" if typed else newest_run("run", Path("outputs/train")))
         )
     ((name, value),) = typed.items()

@@ -35,6 +35,8 @@ class OpenedRun(NamedTuple):
     data: "BaseDataModule"
     averaged: bool
     """Whether the weights are averages."""
+    length: float | None = None
+    """Length of the average that `ema` named, see `training.power_ema`; else None."""
 
 
 def open_run(
@@ -93,7 +95,8 @@ def open_run(
     keep_freed_memory(torch.device("cpu"))
     if ema is None and not averaged:
         warnings.warn(f"{path} has no averaged weights; using the raw ones, as ema=false does", stacklevel=2)
-    return OpenedRun(config, path, module.eval(), data, averaged)
+    length = None if isinstance(ema, bool | None) else ema
+    return OpenedRun(config, path, module.eval(), data, averaged, length)
 
 
 def load_trained(module: "DiffusionModule", checkpoint: dict[str, Any], path: Path, ema: bool | float | None) -> bool:

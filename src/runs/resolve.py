@@ -54,16 +54,8 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
         # A fused step unscales gradients itself, after Lightning has clipped them.
         warnings.warn(f"trainer.precision={cfg.trainer.precision} sets optimizer.fused=false", stacklevel=3)
         cfg.optimizer.fused = False
-    if (
-        str(cfg.optimizer.get("_target_")).endswith(".adamw_schedule_free")
-        and (cfg.callbacks or {}).get("ema") is not None
-    ):
-        if is_typed("callbacks.ema.decay"):
-            raise ValueError(
-                f"callbacks.ema.decay={cfg.callbacks.ema.decay} has no effect with optimizer=schedule_free, which "
-                "averages the weights itself; leave it out"
-            )
-        cfg.callbacks.ema = None
+    if str(cfg.optimizer.get("_target_")).endswith(".adamw_schedule_free") and cfg.callbacks:
+        _leave_average_to_optimizer(cfg.callbacks)
     if (node := (cfg.logger or {}).get("wandb")) and node.id is None:
         from src.training.loggers import wandb_id
 
@@ -72,6 +64,22 @@ def resolve(cfg: DictConfig, data: "BaseDataModule | None", checkpoint: Mapping[
         _infer_data_settings(cfg, data, checkpoint is None)
         _infer_accumulation(cfg)
     return cfg
+
+
+def _leave_average_to_optimizer(callbacks: DictConfig) -> None:
+    """Remove the EMA. Raises ValueError for typed settings of an average."""
+    if lengths := (callbacks.get("power_ema") or {}).get("lengths"):
+        raise ValueError(
+            f"{format_override('callbacks.power_ema.lengths', list(lengths))} averages the weights of each step, and "
+            "optimizer=schedule_free evaluates its own average instead; leave it out, or choose optimizer=adamw"
+        )
+    if callbacks.get("ema") is not None:
+        if is_typed("callbacks.ema.decay"):
+            raise ValueError(
+                f"callbacks.ema.decay={callbacks.ema.decay} has no effect with optimizer=schedule_free, which "
+                "averages the weights itself; leave it out"
+            )
+        callbacks.ema = None
 
 
 def resumed_folder(cfg: DictConfig) -> Path | None:

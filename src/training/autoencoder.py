@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
@@ -92,6 +92,12 @@ class AutoencoderModule(TrainingModule):
         perceptual = ["perceptual"] if loss_fn.perceptual_weight else []
         terms = ["loss", "l1", "kl", *perceptual, "psnr"]
         self.prepare_training(terms, seed, optimizer, lr_scheduler, lr_multipliers, decay_matrices_only)
+
+    def hidden_matrices(self) -> dict[nn.Parameter, str]:
+        """Return the weight matrices but those of the first and the last layer of the encoder and of the decoder."""
+        parts = {"encoder": self.net.encoder, "decoder": self.net.decoder}
+        ends = [f"{name}.{k}." for name, part in parts.items() for k in (0, len(part) - 1)]
+        return {p: name for p, name in super().hidden_matrices().items() if not name.startswith(tuple(ends))}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the loss of one batch, and its terms, each (B,)."""

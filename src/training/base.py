@@ -136,7 +136,7 @@ class TrainingModule(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups for the optimizer; "lr_multiplier" and "matrices" are removed after its construction."""
-        matrices = weight_matrices(self.net)
+        matrices, hidden = weight_matrices(self.net), self.hidden_matrices()
         groups = [(1.0, list(self.weights))]
         if self.lr_multipliers:
             trained = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
@@ -145,9 +145,13 @@ class TrainingModule(L.LightningModule):
         for factor, parameters in groups:
             decayed = [p for p in parameters if not self.decay_matrices_only or p in matrices]
             spared = [p for p in parameters if self.decay_matrices_only and p not in matrices]
-            result.append({"params": decayed, "lr_multiplier": factor, "matrices": matrices})
-            result.append({"params": spared, "lr_multiplier": factor, "weight_decay": 0.0})
+            result.append({"params": decayed, "lr_multiplier": factor, "matrices": hidden})
+            result.append({"params": spared, "lr_multiplier": factor, "matrices": {}, "weight_decay": 0.0})
         return [group for group in result if group["params"]]
+
+    def hidden_matrices(self) -> dict[nn.Parameter, str]:
+        """Return the `weight_matrices` that an optimizer of hidden layers may update, and their names."""
+        return weight_matrices(self.net)
 
     def optimizer_state(self) -> set[str]:
         """Return the names of the values that the optimizer keeps for each weight, from a step on a small weight."""

@@ -9,17 +9,21 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from src.distributed.sharding import local_shard, shard_like, unsharded
+from src.training.finetuning import match_names
 
 AdjustLr = Literal["match_rms_adamw", "original", "spectral_unclamped"]
+
+OUTER = ("*_in.*", "*_out.*", "time.*", "noise.*", "condition.*")
+"""Names of first and last layers and embeddings in this project's networks; not each network has all."""
 
 
 class MuonAdamW(Optimizer):
     """Update weight matrices of hidden layers by Muon and the other parameters by AdamW, both of torch.
 
     Muon replaces the momentum of a matrix by its nearest orthogonal matrix. It gets the parameters in a group's
-    "matrices", a dictionary of parameters and their names (see `weight_matrices`), except names that match a shell
-    pattern in `adamw`: the first and the last layer, and the embeddings of time and condition. A convolution's kernel
-    (out, in, *size) counts as a matrix (out, in * size).
+    "matrices", a dictionary of parameters and their names (see `TrainingModule.hidden_matrices`), or all of a group
+    without it, except names that match a shell pattern in `adamw`: the first and the last layer, and the embeddings of
+    time and condition. A convolution's kernel (out, in, *size) counts as a matrix (out, in * size).
 
     `adjust_lr_fn` scales Muon's learning rate for each matrix (A, B). "match_rms_adamw", 0.2 sqrt(max(A, B)), makes its
     updates as large as AdamW's, so that one learning rate and one weight decay suit both. "original" is
@@ -27,7 +31,8 @@ class MuonAdamW(Optimizer):
 
     Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); Liu et al. 2025 (arXiv 2502.16982), eq. 4.
 
-    Raises ValueError for a value out of range, or if no matrix is left to Muon.
+    Raises ValueError for a value out of range, for a pattern that matches no matrix (but those of `OUTER`), or if no
+    matrix is left to Muon.
     """
 
     def __init__(
@@ -41,16 +46,20 @@ class MuonAdamW(Optimizer):
         adjust_lr_fn: AdjustLr = "match_rms_adamw",
         betas: Sequence[float] = (0.9, 0.999),
         fused: bool | None = None,
-        adamw: Sequence[str] = (),
+        adamw: Sequence[str] = OUTER,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"optimizer.momentum={momentum} must be in [0, 1): 0.95 is usual")
         if not 1 <= ns_steps < 100:
             raise ValueError(f"optimizer.ns_steps={ns_steps} must be in [1, 99]: 5 is usual")
+        params = list(params)
+        if known := [name for group in params for name in group.get("matrices", {}).values()]:
+            typed = [pattern for pattern in adamw if pattern not in OUTER]
+            match_names(known, typed, "optimizer.adamw", "weight matrix of a hidden layer")
         hidden, others = [], []
         for group in params:
             settings = {name: value for name, value in group.items() if name not in ("params", "matrices")}
-            names = group.get("matrices", {})
+            names = group.get("matrices", {p: "" for p in group["params"] if p.ndim > 1})
             matrices = {p for p in group["params"] if p in names and not _matches(names[p], adamw)}
             hidden.append({**settings, "params": [p for p in group["params"] if p in matrices]})
             others.append({**settings, "params": [p for p in group["params"] if p not in matrices]})

@@ -102,6 +102,6 @@ def trial_state(make: MakeOptimizer, size: int) -> dict[str, Any]:
     """Return the optimizer's state of a weight (size, size) after one step."""
     weight = nn.Parameter(torch.zeros(size, size))
     weight.grad = torch.zeros(size, size)
-    optimizer = make([{"params": [weight], "matrices": {weight: "weight"}}])
+    optimizer = make([{"params": [weight]}])
     optimizer.step()
     return dict(optimizer.state[weight])

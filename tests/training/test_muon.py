@@ -8,18 +8,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from torch.testing import assert_close
 
+from src.config.search_path import CONF
 from src.errors import UsageError
+from src.models.autoencoder import KLAutoencoder
 from src.models.conditioning import ClassEmbedding
 from src.models.dit import DiT
 from src.models.mlp import MLP
 from src.models.unet import UNet
+from src.models.unet_edm2 import UNetEDM2
 from src.runs.build import build, close_run
 from src.runs.components import build_module
 from src.runs.nodes import instantiate_node
+from src.training.autoencoder import AutoencoderLoss, AutoencoderModule
 from src.training.checkpoints import read_checkpoint
 from src.training.muon import MuonAdamW
 from src.training.optim import skip_unless, weight_matrices
@@ -40,9 +45,11 @@ def small_dit() -> DiT:
 
 def names_by_optimizer(net: nn.Module) -> tuple[list[str], list[str]]:
     """Return the names of the parameters of Muon and of AdamW."""
-    groups = [{"params": list(net.parameters()), "matrices": weight_matrices(net)}]
+    matrices = weight_matrices(net)
+    if isinstance(net, KLAutoencoder):
+        matrices = AutoencoderModule(net, AutoencoderLoss(), (net.channels, 8, 8)).hidden_matrices()
     names = {p: name for name, p in net.named_parameters()}
-    optimizer = MuonAdamW(groups, adamw=ADAMW)
+    optimizer = MuonAdamW([{"params": list(net.parameters()), "matrices": matrices}], adamw=ADAMW)
     muon = [names[p] for group in optimizer.param_groups if "momentum" in group for p in group["params"]]
     return muon, [name for name in names.values() if name not in muon]
 
@@ -64,6 +71,36 @@ def test_muon_gets_matrices_of_blocks():
         muon, adamw = names_by_optimizer(net)
         assert muon and all(re.fullmatch(expected, name) for name in muon)
         assert not any(re.fullmatch(expected, name) for name in adamw)
+
+
+def test_muon_gets_no_layer_next_to_data_or_latents():
+    """Of every network in conf/: hidden widths are multiples of 8, and all others are not."""
+    networks = [
+        UNet(5, 8, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), augment_labels=9),
+        UNetEDM2(5, 8, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_head_channels=8),
+        DiT(5, 8, hidden_size=16, depth=1, num_heads=2, bottleneck=6, shared_modulation=True),
+        MLP(5),
+        KLAutoencoder(5, 8, latent_channels=3, model_channels=8, channel_mult=(1, 2), num_res_blocks=1),
+    ]
+    configs = [OmegaConf.load(path) for path in (CONF / "model").glob("*.yaml")]
+    targets = {config.get("model", config).get("_target_") for config in configs}
+    assert targets - {None} == {f"{type(net).__module__}.{type(net).__name__}" for net in networks}
+    for net in networks:
+        sides = {name: p.shape[:2] for name, p in net.named_parameters()}
+        muon, adamw = names_by_optimizer(net)
+        assert muon and not [name for name in muon if any(side % 8 for side in sides[name])]
+        kernels = [name for name in adamw if len(sides[name]) == 2 and net.get_parameter(name).ndim == 4]
+        assert len(kernels) in (0, 2, 4), kernels  # convolutions next to data, and to latents
+
+
+def test_patterns_that_match_no_matrix_are_refused():
+    net = small_dit()
+    make = functools.partial(MuonAdamW, [{"params": list(net.parameters()), "matrices": weight_matrices(net)}])
+    for pattern in ("block.*", "*.qkw.weight", "blocks.0.norm1.*"):
+        with pytest.raises(ValueError, match=rf"optimizer\.adamw: {re.escape(pattern)} .*\.(weight|\*)") as error:
+            make(adamw=[*ADAMW, pattern])
+        assert "\n" not in str(error.value)
+    make(adamw=[*ADAMW, "blocks.*.qkv.weight"])
 
 
 def test_steps_equal_both_optimizers_of_torch():

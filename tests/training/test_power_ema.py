@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +196,7 @@ def test_commands_write_sample_and_evaluate_averages(tracked, tmp_path):
         "length_0.05.safetensors",
         "length_0.07.safetensors",
     }
-    assert (tmp_path / "a" / "samples.npz").is_file()
+    assert (tmp_path / "a" / "samples.npz").is_file() and "average of length 0.07" in done.stdout
     written = open_run(None, f"{run}/averages/length_0.07.safetensors").module.state_dict()
     assert_equal_bits(written, open_run(str(run), ema=0.07).module.state_dict())
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())["ema"]
@@ -230,6 +231,16 @@ def test_lengths_without_accurate_snapshots_are_refused(trained, tracked, tmp_pa
     assert not (tmp_path / "out").exists() and not (tmp_path / "averages").exists()
     exact, saved = open_run(str(tmp_path), ema=0.05).module.state_dict(), read_checkpoint(alone)["power_ema"]
     assert_close({name: exact[name] for name in saved["averages"][0]}, saved["averages"][0], rtol=1e-6, atol=0)
+
+
+def test_message_without_a_run_offers_settings_of_the_command():
+    from src.ema import ema
+
+    cfg = compose("ema")
+    with pytest.raises(UsageError, match=r"run=FOLDER .*ckpt=FILE") as error:
+        ema(cfg)
+    offered = re.findall(r"(\w+)=", str(error.value))
+    assert set(offered) <= {str(key) for key in cfg}
 
 
 def test_corrupted_snapshot_is_not_used(tracked, tmp_path):

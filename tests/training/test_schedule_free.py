@@ -71,6 +71,14 @@ def test_validations_do_not_change_training(tmp_path):
         assert all(torch.equal(ours[key][name], theirs[key][name]) for name in ours[key])
 
 
+def test_averages_of_any_length_are_refused(tmp_path):
+    """They would average y, with which nothing is evaluated."""
+    words = ["optimizer=schedule_free", "callbacks.power_ema.lengths=[0.05,0.1]", f"run_dir='{tmp_path}'"]
+    with pytest.raises(ValueError, match=r"callbacks\.power_ema\.lengths=\[0\.05,0\.1\].*schedule_free") as error:
+        build(compose("train", *TINY, *words))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_two_processes_average_like_one(tmp_path):
     pytest.importorskip("schedulefree")

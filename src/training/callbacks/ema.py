@@ -11,6 +11,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from src.distributed.sharding import gather_full, load_state, local_shard, shard_like
 
 
+def trained_weights(module: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
+    """Return names and weights that are trained; collecting them takes milliseconds, too long for every step."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return list(trained), list(trained.values())
+
+
 class EMA(L.Callback):
     """Average the weights exponentially, with decay min(decay, (1 + n) / (10 + n)) after n steps.
 
@@ -29,18 +35,13 @@ class EMA(L.Callback):
         self._raw: list[Tensor] | None = None  # the raw weights while the module holds the average, else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._find_weights(pl_module)
+        self._names, self._weights = trained_weights(pl_module)
         saved = self._average or [local_shard(w) for w in self._weights]
         self._average = [
             a.detach().to(w.device, torch.float32, copy=True) for a, w in zip(saved, self._local(), strict=True)
         ]
         self._raw = None
         self._step = trainer.global_step
-
-    def _find_weights(self, pl_module: L.LightningModule) -> None:
-        """Cache the trained weights: collecting them takes milliseconds, too long for every step."""
-        trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
-        self._names, self._weights = map(list, zip(*trained, strict=True))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -92,7 +93,7 @@ class EMA(L.Callback):
 
     def restore(self, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore average and weights from a checkpoint whose `state_dict` the module has loaded."""
-        self._find_weights(pl_module)
+        self._names, self._weights = trained_weights(pl_module)
         state = checkpoint.get("average", checkpoint.get("state_dict"))
         saved = [
             shard_like(state[n], w) if state else local_shard(w).clone()

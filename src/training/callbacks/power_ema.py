@@ -14,6 +14,7 @@ from tqdm import tqdm
 from src.cache import write_atomically
 from src.distributed.sharding import gather_full, local_shard, shard_like
 from src.errors import literal
+from src.training.callbacks.ema import trained_weights
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.power_ema import (
     FOLDER,
@@ -62,7 +63,7 @@ class PowerEMA(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.lengths is None:
             return
-        self._find_weights(pl_module)
+        self._names, self._weights = trained_weights(pl_module)
         if not self._averages:
             self._averages = [[local_shard(w) for w in self._weights] for _ in self.lengths]
         self._averages = [
@@ -78,10 +79,6 @@ class PowerEMA(L.Callback):
                 f"and at most {self.max_snapshots} snapshots of that size, {self.max_snapshots * size / 1e9:.3g} GB, "
                 f"in {self.folder}"
             )
-
-    def _find_weights(self, pl_module: L.LightningModule) -> None:
-        trained = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad]
-        self._names, self._weights = map(list, zip(*trained, strict=True))
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -146,7 +143,7 @@ class PowerEMA(L.Callback):
                 f"callbacks.power_ema.lengths={literal(self.lengths)} must stay {literal(saved['lengths'])} in a "
                 "resumed run; leave it out, or start a new run"
             )
-        self._find_weights(pl_module)
+        self._names, self._weights = trained_weights(pl_module)
         self._averages = [
             [shard_like(part[name], w).float() for name, w in zip(self._names, self._weights, strict=True)]
             for part in saved["averages"]
