@@ -37,6 +37,14 @@ class OpenedRun(NamedTuple):
     averaged: bool
     """Whether the weights are averages."""
 
+    def to(self, device: "torch.device") -> None:
+        """Move the network to a device, on which images are encoded, too, if the run is in latents."""
+        from src.data.latents import LatentDataModule
+
+        self.module.to(device)
+        if isinstance(self.data, LatentDataModule):
+            self.data.device = device
+
 
 def open_run(
     run: str | None,

@@ -123,6 +123,17 @@ def test_evaluation_compares_images(run, tmp_path):
     assert metrics["baseline"] and (tmp_path / "samples.png").exists()
 
 
+def test_evaluation_encodes_on_its_device(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    words = ["quality=false", "alignment.enabled=false", "num_val=2", "num_terms=2", "device=cpu"]
+    assert np.isfinite(evaluate(compose("evaluate", f"run={run}", *words, f"run_dir={tmp_path}"))["bits_per_dim"])
+    with pytest.raises(NotImplementedError, match="meta"):
+        opened = open_run(str(run))
+        opened.data.setup()
+        opened.data.source.fetch([0])
+
+
 def test_exported_model_needs_its_autoencoder(run, vae, tmp_path):
     path = export(compose("export", f"run={run}", f"run_dir={tmp_path}"))
     with pytest.raises(ValueError, match="autoencoder="):
