@@ -96,7 +96,7 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
         data_errors(),
     ):
-        module.to(processes.device)
+        opened.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Build evaluators first: they reject invalid settings and an inaccurate detector.
         evaluator = build_evaluator(quality, opened, processes) if cfg.quality else None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FORMAT_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "diffusers": ("diffusers",)}
 """Packages that a format needs, of the extra of its name."""
+MAX_DECODED = 63
+"""Latents that an exported decoder decodes at once: from 64 on, layers of diffusers take another path."""
 DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr", "diffusion", "conditioning")
 """Settings in network.json."""
 
@@ -27,7 +29,7 @@ DESCRIBED_KEYS = ("data", "model", "schedule", "snr_shift", "zero_terminal_snr",
 def export(cfg: DictConfig) -> Path:
     """Write a trained model in the format `cfg.format` into the output folder; return its file or folder."""
     from src.runs.autoencoder import AutoencoderError, export_autoencoder
-    from src.runs.model_card import usage, write_model_card
+    from src.runs.model_card import autoencoder_card, usage, write_model_card
     from src.runs.nodes import to_plain
     from src.runs.open import open_run
 
@@ -44,7 +46,9 @@ def export(cfg: DictConfig) -> Path:
                 cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from, autoencoder=cfg.autoencoder
             )
         except AutoencoderError:
-            path, hint = export_autoencoder(cfg)
+            path, hint, trained = export_autoencoder(cfg)
+            if not (card := path.with_name("README.md")).exists():
+                card.write_text(autoencoder_card(trained, path.name), encoding="utf-8")
             print(hint)
             return path
         config, left_out = exportable_settings(to_plain(opened.config))
@@ -104,39 +108,45 @@ def write_safetensors(opened: "OpenedRun", config: dict[str, Any], cfg: DictConf
 
 
 def write_program(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:
-    """Write the network, `network.json` and `sample.py`, which needs no file of this project."""
+    """Write the network, `network.json` and `sample.py`, which needs no file of this project.
+
+    A network of latents comes with the decoder of its autoencoder.
+    """
     import torch
 
     from src.interop import torch_export
+    from src.runs.latents import decoder_of
 
     module, folder = opened.module, Path(cfg.run_dir)
-    if opened.data.displayed is not opened.data:
-        raise UsageError(
-            f"format={cfg.format} has no autoencoder, so its samples would be latents; type format=diffusers or "
-            "format=safetensors"
-        )
-    for name in (torch_export.FILES[cfg.format], "network.json", "sample.py"):
+    decoder = decoder_of(opened.data)
+    file = torch_export.FILES[cfg.format]
+    decoder_file = None if decoder is None else file.replace("network", "decoder")
+    for name in filter(None, (file, decoder_file, "network.json", "sample.py")):
         if (folder / name).exists():
             raise UsageError(f"{format_override('hydra.run.dir', folder)} already has {name}; choose another folder")
     null, examples = module.null, module.examples
     conditions = None if null is None or examples is None else torch.cat([null, examples])
     with usage_errors():
-        program = torch_export.trace(module.net, torch_export.example_inputs(module.shape, conditions, 2))
+        inputs = torch_export.example_inputs(module.shape, conditions, 2)
+        programs = {"network": (torch_export.trace(module.net, inputs), module.net)}
+        if decoder is not None:
+            programs["decoder"] = torch_export.trace(decoder, inputs[:1], MAX_DECODED), decoder
     settings = {name: config.get(name) for name in DESCRIBED_KEYS}
     info = torch_export.describe_network(module.diffusion, module.schedule, module.shape, settings) | {
         "cond_null": None if null is None else null[0].tolist(),
         "cond_examples": None if examples is None else examples.tolist(),
-        "value_range": getattr(opened.data, "value_range", None),
+        "decoder": decoder_file,
+        "value_range": getattr(opened.data.displayed, "value_range", None),
         "weights": "averaged" if opened.averaged else "raw",
     }
     start_output(folder)
     checks = [torch_export.example_inputs(module.shape, conditions, batch) for batch in (1, 3)]
     with usage_errors():
-        path = torch_export.write_network(folder, cfg.format, program, module.net, checks)
-        if cfg.aot:
-            torch_export.write_network(folder, "aot", program, module.net, checks)
+        for name in (cfg.format, *(["aot"] if cfg.aot else [])):
+            for part, (program, net) in programs.items():
+                torch_export.write_network(folder, name, program, net, checks, part)
     script = torch_export.write_guide(folder, cfg.format, info)
-    return path, f"Sample from it without this project: python {shell_word(str(relative(script)))}"
+    return folder / file, f"Sample from it without this project: python {shell_word(str(relative(script)))}"
 
 
 def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig) -> tuple[Path, str]:

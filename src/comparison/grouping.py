@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 RUNTIME_SETTINGS = (
@@ -20,6 +20,11 @@ RUNTIME_SETTINGS = (
     *(f"callbacks.{name}" for name in ("run_info", "throughput", "loss_by_noise", "wandb_artifact", "power_ema")),
 )
 """Settings, or nodes of settings, that do not change the trained model."""
+ENCODERS = {
+    "autoencoder.fingerprint": "autoencoder.path",
+    "conditioning.encode.fingerprint": "conditioning.encode.model",
+}
+"""The setting that identifies a frozen encoder, and that of its path."""
 LOSS_KEYS = (
     *("schedule", "loss", "timestep_sampler", "diffusion", "snr_shift", "zero_terminal_snr", "autoencoder"),
     "data.coupling",
@@ -89,6 +94,22 @@ def data_of(settings: Mapping[str, Any], root: bool = True) -> dict[str, Any]:
         for name, value in own.items()
         if (name not in runtime if points else is_below(name, DATA_SETTINGS)) and (root or name != "root")
     }
+
+
+def with_shared_paths(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the records with one path for each frozen encoder: that of the first run with its fingerprint.
+
+    The same encoder at another path would separate groups.
+    """
+    paths: dict[tuple[str, Any], Any] = {}
+    result = []
+    for record in records:
+        settings = dict(record.settings)
+        for name, path in ENCODERS.items():
+            if (fingerprint := settings.get(name)) is not None:
+                settings[path] = paths.setdefault((name, fingerprint), settings.get(path))
+        result.append(replace(record, settings=settings))
+    return result
 
 
 def without_repeats(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list[tuple[RunRecord, RunRecord]]]:

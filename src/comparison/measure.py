@@ -157,11 +157,11 @@ def measure_all(
                 open_surveyed(runs[k], cfg).module.check_sampler(samplers[k])
     total = 0
     if missing:
+        first.to(processes.device)
         build_on_rank_0_first(processes, evaluator)
         passes = network_passes(first.module.schedule, cfg.num_terms, cfg.reverse_variance)
         bound_calls = passes * count_val(first.data, cfg)
         total = sum(cfg.n * samplers[k].steps + bound_calls for k in own)
-        first.module.to(processes.device)
         if processes.rank == 0:
             announce_runs(first, samplers[missing[0]], cfg, bound_calls, len(missing), len(runs), processes)
     bar = tqdm(total=total, unit="step", unit_scale=True, desc="Runs", disable=processes.rank > 0 or not missing)
@@ -169,7 +169,7 @@ def measure_all(
     def measure(k: int) -> Measurements:
         def compute() -> Measurements:
             run = first if k == 0 else open_surveyed(runs[k], cfg)
-            run.module.to(processes.device)
+            run.to(processes.device)
             tools, baseline = evaluator()
             return baseline | measure_run(run, samplers[k], tools, cfg, bar.update)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from src.comparison.grouping import RunRecord, data_of, without_repeats
+from src.comparison.grouping import RunRecord, data_of, with_shared_paths, without_repeats
 from src.config.resume import newest_run, saved_overrides
 from src.errors import UsageError, format_override
 from src.runs.autoencoder import is_autoencoder
@@ -89,9 +89,9 @@ def survey(folders: Sequence[Path]) -> tuple[list[SurveyedRun], list[str]]:
             costs={k: v for k, v in numbers.items() if not k.startswith("val/")},
         )
         runs[record.name] = SurveyedRun(record, checkpoint, settings, folder, averaged)
-    kept, repeats = without_repeats([run.record for run in runs.values()])
+    kept, repeats = without_repeats(with_shared_paths([run.record for run in runs.values()]))
     notes += [f"{old.name}: same settings and seed as {new.name}" for old, new in repeats]
-    return [runs[record.name] for record in kept], notes
+    return [runs[record.name]._replace(record=record) for record in kept], notes
 
 
 def saved_choices(folder: Path) -> tuple[list[str], dict[str, str]]:

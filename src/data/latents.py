@@ -1,5 +1,6 @@
 """Latents of images by a frozen autoencoder, encoded once into a cache on disk, as data of a diffusion model."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.cache import digest
 from src.data.images import ImageDataModule
@@ -252,6 +253,24 @@ class LatentDataModule(BaseDataModule):
         setting = "autoencoder.batch_size" if self.is_cached else "batch_size"  # of a trained run
         fix = f"{setting}={max(1, self.num_at_once // 4)}"
         return f"autoencoder.batch_size={self.num_at_once} images at once need more memory; type {fix}"
+
+
+class ScaledDecoder(nn.Module):
+    """The decoder of an autoencoder for latents (B, C, h, w) that have a shift and a scale per channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, autoencoder: Any, scale: Sequence[float], shift: Sequence[float]) -> None:
+        super().__init__()
+        self.autoencoder = copy.deepcopy(autoencoder).cpu()
+        getattr(self.autoencoder, "net", self.autoencoder).encoder = None
+        self.register_buffer("scale", torch.tensor(scale).view(-1, 1, 1))
+        self.register_buffer("shift", torch.tensor(shift).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        images: Tensor = self.autoencoder.decode(x / self.scale + self.shift)
+        return images
 
 
 AT_RANDOM = "changes images at random in training, and their latents are encoded once"

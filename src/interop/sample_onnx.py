@@ -51,4 +51,8 @@ if __name__ == "__main__":
         examples = np.array(info["cond_examples"])
         examples = examples if examples.dtype.kind == "i" else examples.astype(np.float32)
         cond = examples[np.arange(len(noise)) % len(examples)]
-    np.save(FOLDER / "samples.npy", sample(net, info, noise, cond))
+    samples = sample(net, info, noise, cond)
+    if info["decoder"]:
+        decoder = onnxruntime.InferenceSession(FOLDER / info["decoder"])
+        (samples,) = decoder.run(None, {"x": samples})  # at most 63 at once
+    np.save(FOLDER / "samples.npy", samples)

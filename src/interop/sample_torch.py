@@ -50,4 +50,8 @@ if __name__ == "__main__":
     if info["cond"]:
         examples = torch.tensor(info["cond_examples"])
         cond = examples[torch.arange(len(noise)) % len(examples)]
-    torch.save(sample(net, info, noise, cond), FOLDER / "samples.pt")
+    samples = sample(net, info, noise, cond)
+    if info["decoder"]:
+        with torch.no_grad():
+            samples = torch.export.load(FOLDER / info["decoder"]).module()(samples)  # at most 63 at once
+    torch.save(samples, FOLDER / "samples.pt")

@@ -34,8 +34,8 @@ CONDITIONS = {
 """What the input `cond` is, by the `_target_` of config.conditioning.encode."""
 
 
-def trace(net: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Return the program of a network for `inputs`, each (B, ...), with any B.
+def trace(net: nn.Module, inputs: tuple[Tensor, ...], max_batch: int | None = None) -> ExportedProgram:
+    """Return the program of a network for `inputs`, each (B, ...), with any B up to `max_batch`.
 
     Raises ValueError if the network cannot be traced, as with control flow that depends on values.
     """
@@ -43,13 +43,13 @@ def trace(net: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     for module in net.modules():
         if isinstance(module, Conv3x3):
             module.backend = "torch"  # the other algorithm is for training on CPUs
-    batch = Dim("batch", min=1)
+    batch = Dim("batch", min=1, max=max_batch)
     try:
         with torch.no_grad():
             return torch.export.export(net, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
     except Exception as error:  # torch raises many kinds
         raise ValueError(
-            f"torch.export cannot trace {type(net).__name__} ({one_line(error)}); change model.*"
+            f"torch.export cannot trace {type(net).__name__} ({one_line(error)}); change model.*, or use another format"
         ) from error
 
 
@@ -104,13 +104,20 @@ def _level_table(diffusion: GaussianDiffusion, schedule: Schedule) -> dict[str, 
 
 
 def write_network(
-    folder: Path, name: Format, program: ExportedProgram, net: nn.Module, check: Sequence[tuple[Tensor, ...]]
+    folder: Path,
+    name: Format,
+    program: ExportedProgram,
+    net: nn.Module,
+    check: Sequence[tuple[Tensor, ...]],
+    part: str = "network",
 ) -> Path:
     """Write the program of `net` into `folder` and return its file, if it computes what `net` does for inputs `check`.
 
+    `part` is the stem of the name of the file. A network takes as many of the inputs as its program.
+
     Raises ValueError, and removes the file, if the outputs differ.
     """
-    path = folder / FILES[name]
+    path = folder / FILES[name].replace("network", part)
     run: Callable[..., Tensor]
     match name:
         case "torch_export":
@@ -125,6 +132,7 @@ def write_network(
         case "onnx":
             run = _write_onnx(path, program)
     for inputs in check:
+        inputs = inputs[: len(program.graph_signature.user_inputs)]
         with torch.no_grad():
             ours, theirs = net(*inputs), run(*inputs)
         if not torch.allclose(theirs, ours, rtol=TOLERANCE, atol=TOLERANCE):

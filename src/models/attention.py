@@ -72,7 +72,8 @@ def make_norm(kind: Norm, width: int, eps: float = 1e-6) -> nn.Module:
 def rotary_table(grid: Sequence[int], head_size: int, device: torch.device) -> Tensor:
     """Return cosine and sine of the angle of each pair of a head's channels for each position, (2, L, head_size / 2).
 
-    The pairs are divided equally among the axes, with geometric frequencies from 1 to 1 / `THETA`.
+    The pairs are divided equally among the axes, with geometric frequencies from 1 to 1 / `THETA`. Those that remain
+    have the angle 0.
 
     Source: Su et al. 2021 (arXiv 2104.09864), eq. 15, along each axis.
     """
@@ -81,6 +82,7 @@ def rotary_table(grid: Sequence[int], head_size: int, device: torch.device) -> T
     axes = [torch.arange(n, dtype=torch.float32, device=device) for n in grid]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid), 1)
     angles = (places * frequency).flatten(1)
+    angles = F.pad(angles, (0, head_size // 2 - angles.shape[1]))
     return torch.stack([angles.cos(), angles.sin()])
 
 

@@ -35,7 +35,8 @@ class DiT(nn.Module):
 
     - `image_size` is [L] for signals, [H, W] for images and [D, H, W] for volumes; one number is the side of an image.
     - `positions`: "rope" rotates queries and keys by their position along each axis (Heo et al. 2024, arXiv
-      2403.13298), so that samples of other sizes are possible; "sincos" adds fixed embeddings to the tokens (DiT).
+      2403.13298), so that samples of other sizes are possible; pairs of channels that the axes leave over stay as they
+      are. "sincos" adds fixed embeddings to the tokens (DiT).
     - `activation`: "swiglu" (Shazeer 2020, arXiv 2002.05202), with two thirds of the hidden width of "gelu" (DiT).
     - `norm`: RMS norm (Zhang & Sennrich 2019, arXiv 1910.07467) or layer norm (DiT).
     - `qk_norm` normalizes queries and keys (Dehghani et al. 2023, arXiv 2302.05442).
@@ -97,12 +98,13 @@ class DiT(nn.Module):
         ):
             if choice not in get_args(choices):
                 raise ValueError(f"model.{name}={choice} must be one of {', '.join(get_args(choices))}")
-        unit = 2 * len(size) * num_heads
-        if hidden_size % unit:
-            near = max(unit, round(hidden_size / unit) * unit)
+        least = 2 * len(size) * num_heads
+        unit = 2 * num_heads if positions == "rope" else least
+        if hidden_size % unit or hidden_size < least:
+            near = max(least, round(hidden_size / unit) * unit)
             raise ValueError(
-                f"model.hidden_size={hidden_size} must be a multiple of {unit}, two per head and dimension of the "
-                f"data; set model.hidden_size={near}"
+                f"model.hidden_size={hidden_size} must be a multiple of {unit} and at least {least}, two per head and "
+                f"dimension of the data; set model.hidden_size={near}"
             )
         self.patch_size, self.head_size = patch_size, hidden_size // num_heads
         self.positions: Positions = positions

@@ -95,6 +95,7 @@ class OpenedAutoencoder(NamedTuple):
     settings: dict[str, Any]
     averaged: bool
     """Whether the weights are averages."""
+    checkpoint: Path
 
 
 def open_autoencoder(location: str, trust: bool = False, setting: str = "autoencoder") -> "KLAutoencoder":
@@ -130,13 +131,13 @@ def read_autoencoder(path: Path, trust: bool = False, ema: bool | None = None) -
     own = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
     check_fit(own, net, path)
     net.load_state_dict(own)
-    return OpenedAutoencoder(net.eval().requires_grad_(False), settings, averaged)
+    return OpenedAutoencoder(net.eval().requires_grad_(False), settings, averaged, path)
 
 
-def export_autoencoder(cfg: DictConfig) -> tuple[Path, str]:
+def export_autoencoder(cfg: DictConfig) -> tuple[Path, str, OpenedAutoencoder]:
     """Write the autoencoder that the configuration of `src.export` names as `model.safetensors`.
 
-    Return the file and a line about its use. Raises ValueError for another format.
+    Return the file, a line about its use, and the autoencoder. Raises ValueError for another format.
     """
     if cfg.format != "safetensors" or cfg.hub is not None:
         typed = f"hub={cfg.hub}" if cfg.format == "safetensors" else f"format={cfg.format}"
@@ -146,4 +147,4 @@ def export_autoencoder(cfg: DictConfig) -> tuple[Path, str]:
     weights = {f"net.{name}": value for name, value in opened.net.state_dict().items()}
     write_exported(path, weights, opened.averaged, exportable_settings(opened.settings)[0])
     train = command("train", *search_path_overrides(), format_override("autoencoder", relative(path)))
-    return path, f"Exported to {relative(path)}. Train a diffusion model of its latents: {train}"
+    return path, f"Exported to {relative(path)}. Train a diffusion model of its latents: {train}", opened

@@ -15,7 +15,7 @@ from src.runs.nodes import instantiate_node, is_typed, to_plain
 from src.runs.trust import check_texts
 
 if TYPE_CHECKING:
-    from src.data.latents import Autoencoder
+    from src.data.latents import Autoencoder, ScaledDecoder
     from src.data.module import BaseDataModule
     from src.interop.diffusers_export import Latents
 
@@ -209,6 +209,16 @@ def in_images(settings: dict[str, Any], location: str, trust: bool) -> dict[str,
     scale, shift = (getattr(autoencoder, name, default) for name, default in (("scale", 1.0), ("shift", 0.0)))
     node = {"path": location, "fingerprint": fingerprint, "scale": scale, "shift": shift}
     return settings | {"data": data, "autoencoder": settings["autoencoder"] | node}
+
+
+def decoder_of(data: "BaseDataModule") -> "ScaledDecoder | None":
+    """Return the decoder of latents, with scale and shift; None for data without an autoencoder."""
+    from src.data.latents import LatentDataModule, ScaledDecoder
+
+    if not isinstance(data, LatentDataModule):
+        return None
+    assert data.scale is not None and data.shift is not None
+    return ScaledDecoder(data.autoencoder, data.scale, data.shift)
 
 
 def vae_of(data: "BaseDataModule") -> "tuple[Any, Latents | None]":

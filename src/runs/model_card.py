@@ -11,6 +11,7 @@ import yaml
 from src.config.resume import saved_overrides
 from src.config.words import key_of
 from src.errors import command, format_override, shell_word
+from src.runs.autoencoder import OpenedAutoencoder
 from src.runs.checkpoints import read_metrics
 from src.runs.nodes import to_plain
 from src.runs.open import OpenedRun, pick_device
@@ -82,11 +83,47 @@ def model_card(opened: OpenedRun, usage: str, samples: str = "", library: str | 
     The command and the metrics are those of the run folder; an exported model has none. Paths are left out.
     """
     config, _ = exportable_settings(to_plain(opened.config))
-    in_run = opened.checkpoint.parent.name == "checkpoints"
-    run = opened.checkpoint.parents[1] if in_run else None
-    header = yaml.safe_dump(front_matter(opened, library), sort_keys=False)
-    card = f"---\n{header}---\n\n# Denoising diffusion model\n\n{usage.strip()}\n\n{samples}"
-    card += f"## Settings\n{markdown_table(['setting', 'value'], recipe(opened, config))}\n"
+    text = f"# Denoising diffusion model\n\n{usage.strip()}\n\n{samples}"
+    return render_card(front_matter(opened, library), text, recipe(opened, config), opened.checkpoint)
+
+
+def autoencoder_card(opened: OpenedAutoencoder, file: str) -> str:
+    """Return the card of an autoencoder that is exported to `file`, as `model_card` does."""
+    config, _ = exportable_settings(opened.settings)
+    net = opened.net
+    rows = {
+        "network": describe_node(config["model"]),
+        "parameters": f"{sum(p.numel() for p in net.parameters()):,}",
+        "shape of the latents": " x ".join(map(str, (net.latent_channels, *net.latent_size))),
+        "loss": describe_node(config["loss"]),
+        **training_rows(config, opened.checkpoint, opened.averaged),
+    }
+    text = f"""# Autoencoder of images
+
+Train a diffusion model of its latents with Denoising Diffusion Lab, in its clone:
+```
+{command("train", format_override("autoencoder", file), "data=folder", "data.root=path/to/images")}
+```
+or use it in Python:
+```python
+from src.runs.autoencoder import open_autoencoder
+
+net = open_autoencoder("{file}")
+mean, std = net.encode(x)  # x (B, {net.channels}, H, W) in [-1, 1]
+images = net.decode(mean)
+```
+
+"""
+    header = {"tags": ["autoencoder", "pytorch"]}
+    return render_card(header, text, table_rows(rows), opened.checkpoint)
+
+
+def render_card(header: Mapping[str, Any], text: str, rows: list[list[str]], checkpoint: Path) -> str:
+    """Return a card: front matter, text, the table of settings, and command and metrics of the checkpoint's run."""
+    in_run = checkpoint.parent.name == "checkpoints"
+    run = checkpoint.parents[1] if in_run else None
+    card = f"---\n{yaml.safe_dump(dict(header), sort_keys=False)}---\n\n{text}"
+    card += f"## Settings\n{markdown_table(['setting', 'value'], rows)}\n"
     if run is not None and (overrides := published_overrides(run)) is not None:
         card += f"\n## Training\n```\n{command('train', *overrides)}\n```\n"
         if any(each.endswith("=...") for each in overrides):
@@ -112,7 +149,6 @@ def front_matter(opened: OpenedRun, library: str | None) -> dict[str, Any]:
 
 def recipe(opened: OpenedRun, config: Mapping[str, Any]) -> list[list[str]]:
     """Return the rows of the table of settings: what the model is and how it was trained."""
-    step = step_of(opened.checkpoint)
     encode = (config.get("conditioning") or {}).get("encode")
     autoencoder = config.get("autoencoder") or {}
     rows = {
@@ -126,11 +162,23 @@ def recipe(opened: OpenedRun, config: Mapping[str, Any]) -> list[list[str]]:
         "timestep sampler": describe_node(config["timestep_sampler"]),
         "sampler": describe_node(config["sampler"]),
         "autoencoder": autoencoder.get("path") or (autoencoder.get("fingerprint") and "a folder of the author"),
+        **training_rows(config, opened.checkpoint, opened.averaged),
+    }
+    return table_rows(rows)
+
+
+def training_rows(config: Mapping[str, Any], checkpoint: Path, averaged: bool) -> dict[str, Any]:
+    """Return the rows about training."""
+    step = step_of(checkpoint)
+    return {
         "optimizer": config.get("optimizer") and describe_node(config["optimizer"]),
         "batch size": config["data"].get("batch_size"),
         "training steps": None if math.isinf(step) else f"{step:g}",
-        "weights": "averaged" if opened.averaged else "raw",
+        "weights": "averaged" if averaged else "raw",
     }
+
+
+def table_rows(rows: Mapping[str, Any]) -> list[list[str]]:
     return [[name, f"`{value}`"] for name, value in rows.items() if value is not None]
 
 

@@ -38,6 +38,14 @@ class OpenedRun(NamedTuple):
     length: float | None = None
     """Length of the average that `ema` named, see `training.power_ema`; else None."""
 
+    def to(self, device: "torch.device") -> None:
+        """Move the network to a device, on which images are encoded, too, if the run is in latents."""
+        from src.data.latents import LatentDataModule
+
+        self.module.to(device)
+        if isinstance(self.data, LatentDataModule):
+            self.data.device = device
+
 
 def open_run(
     run: str | None,

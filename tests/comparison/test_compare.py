@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from src.compare import compare, with_runs
-from src.comparison.grouping import RUNTIME_SETTINGS, RunRecord, group_by_settings, without_repeats
+from src.comparison.grouping import RUNTIME_SETTINGS, RunRecord, group_by_settings, with_shared_paths, without_repeats
 from src.comparison.measure import measure_run
 from src.comparison.statistics import (
     Summary,
@@ -119,6 +119,15 @@ def test_group_labels_use_few_typed_settings():
 def test_label_without_an_autoencoder_names_the_setting():
     groups, _ = group_by_settings([record(0, 0.0, autoencoder__path=path) for path in ("runs/a", None)])
     assert [g.label for g in groups] == ["runs/a", "autoencoder null"]
+
+
+def test_moved_encoder_separates_no_groups():
+    for node, path in (("autoencoder", "path"), ("conditioning__encode", "model")):
+        places = ("a", "x"), ("b", "x"), ("b", "y")  # path and fingerprint
+        names = (f"{node}__{path}", f"{node}__fingerprint")
+        runs = [record(k, 0.0, **dict(zip(names, place, strict=True))) for k, place in enumerate(places)]
+        groups, _ = group_by_settings(with_shared_paths(runs))
+        assert [len(g.records) for g in groups] == [2, 1] and "a" in groups[0].label
 
 
 def test_choice_differing_within_a_group_is_ignored():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -121,6 +122,12 @@ def test_exported_autoencoder_opens_with_equal_weights(run, tmp_path):
     for name, weight in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name], weight)
     assert load_file(path).keys() == weights(run).keys()
+    card = (tmp_path / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    code = card.partition("```python\n")[2].partition("```")[0].replace("model.safetensors", str(path))
+    names = {"x": torch.zeros(2, 1, 8, 8)}
+    exec(code, names)
+    assert "pytorch" in front["tags"] and names["images"].shape == names["x"].shape
     with pytest.raises(UsageError, match="format=diffusers"):
         export(compose("export", f"run={run}", f"run_dir='{tmp_path / 'other'}'", "format=diffusers"))
 

@@ -102,6 +102,25 @@ def test_rotation_keeps_norms_and_tokens_without_position():
     assert not torch.allclose(turned[:, 1:6], y[:, 1:6]) and torch.equal(turned[:, 6:], y[:, 6:])
 
 
+def test_channels_left_over_by_the_axes_are_not_rotated():
+    y, table = normal(1, 8, 1, 16), rotary_table((2, 2, 2), 16, torch.device("cpu"))  # 8 pairs for 3 axes
+    turned = rotate(y, table)
+    assert torch.equal(turned[..., [6, 7, 14, 15]], y[..., [6, 7, 14, 15]])
+    inner = [*range(6), *range(8, 14)]
+    assert torch.equal(turned[..., inner], rotate(y[..., inner], rotary_table((2, 2, 2), 12, torch.device("cpu"))))
+    assert_close(turned.norm(dim=-1), y.norm(dim=-1))
+
+
+def test_small_preset_fits_volumes():
+    from tests.conftest import compose
+
+    names = ("hidden_size", "depth", "num_heads", "patch_size", "positions")
+    model = compose("train", "model=dit_tiny").model
+    net = DiT(1, [4, 4, 4], **{name: model[name] for name in names})
+    with torch.no_grad():
+        assert net(normal(1, 1, 4, 4, 4), torch.zeros(1)).shape == (1, 1, 4, 4, 4)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"positions": "sincos"}, {"registers": 3, "shared_modulation": True}, {"bottleneck": 4}]
 )

@@ -1,6 +1,7 @@
 """Runs in latents: settings that follow the latents, resume, samples, evaluation, exports and refusals."""
 
 import json
+import runpy
 import shutil
 
 import numpy as np
@@ -122,15 +123,39 @@ def test_evaluation_compares_images(run, tmp_path):
     assert metrics["baseline"] and (tmp_path / "samples.png").exists()
 
 
+def test_evaluation_encodes_on_its_device(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    words = ["quality=false", "alignment.enabled=false", "num_val=2", "num_terms=2", "device=cpu"]
+    assert np.isfinite(evaluate(compose("evaluate", f"run={run}", *words, f"run_dir={tmp_path}"))["bits_per_dim"])
+
+
 def test_exported_model_needs_its_autoencoder(run, vae, tmp_path):
     path = export(compose("export", f"run={run}", f"run_dir={tmp_path}"))
     with pytest.raises(ValueError, match="autoencoder="):
         open_run(None, str(path))
     opened = open_run(None, str(path), autoencoder=str(vae))
     assert opened.data.scale == [0.5, 0.5]
-    for name in ("onnx", "torch_export"):
-        with pytest.raises(UsageError, match=f"format={name}"):
-            export(compose("export", f"run={run}", f"format={name}", f"run_dir={tmp_path}"))
+
+
+@pytest.mark.parametrize("name", ["torch_export", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_exported_program_decodes(run, tmp_path, name):
+    if name == "onnx":
+        onnxruntime = pytest.importorskip("onnxruntime")
+    opened = open_run(str(run))
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = opened.data.autoencoder.net.decode(x / 0.5).sample
+    folder = export(compose("export", f"run={run}", f"format={name}", f"run_dir={tmp_path}")).parent
+    runpy.run_path(str(folder / "sample.py"), run_name="__main__")
+    if name == "onnx":
+        (images,) = onnxruntime.InferenceSession(folder / "decoder.onnx").run(None, {"x": x.numpy()})
+        samples = np.load(folder / "samples.npy")
+    else:
+        images = torch.export.load(folder / "decoder.pt2").module()(x).detach()
+        samples = torch.load(folder / "samples.pt").numpy()
+    assert_close(torch.as_tensor(images), expected, rtol=0, atol=1e-5)
+    assert samples.shape == (16, 1, 8, 8)
 
 
 def test_settings_of_the_network_are_checked_before_encoding(vae, tmp_path, monkeypatch):
