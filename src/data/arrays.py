@@ -75,9 +75,9 @@ class Arrays:
                 continue
             got = arrange(found.path(k), mix(found.names[k], values, channels), channels, size, batched=False).shape
             return (got[0], *(size or got[1:]))
-        raise DataReadError(
-            f"{len(found)} of {len(found)} files under {found.root} cannot be read, such as {first}; set data.root"
-        )
+        cause, _, fix = str(first).removesuffix(")").partition("; ")
+        fix = fix or "set data.root to other files"
+        raise DataReadError(f"none of the {len(found)} files under {found.root} can be read: {cause}); {fix}")
 
     def __call__(
         self,
