@@ -256,6 +256,10 @@ def _tiff_frames(tiff: "TiffFile", as_channels: bool = False) -> Iterator[Decode
         rgb = page.photometric == PHOTOMETRIC.RGB and page.samplesperpixel == 3 + alpha
         order = [*_stacked(axes), *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u"
+        if page.nodata and (array == page.nodata).any():
+            raise ValueError(
+                f"some of its pixels have no data (GDAL_NODATA={page.nodata:g}); fill them in, or remove the tag"
+            )
         array = array.transpose(order)
         frames = 1 if as_channels else math.prod(array.shape[: len(_stacked(axes))])
         channels_used = as_channels or "C" in axes
