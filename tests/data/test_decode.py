@@ -177,7 +177,7 @@ def test_a_few_outliers_bring_a_warning(tmp_path):
         values = uniform(*SHAPE, 30, dtype="uint16", high=1000)
         values[0, 0, 0] = 65535 if k == 0 else 0
         (tmp_path / f"{k}.npy").write_bytes(numpy_file(values))
-    with pytest.warns(UserWarning, match=r"data\.value_range=\[0,1000\]"):
+    with pytest.warns(UserWarning, match=r"data\.value_range=\["):
         source = folder(str(tmp_path), SHAPE, 30)
     assert source.value_range == (0, 65535) and source.fetch([0]).max() == 65535
     with warnings.catch_warnings():
