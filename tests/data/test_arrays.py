@@ -291,6 +291,18 @@ def test_audio_returns_in_its_bits_and_format(ending, subtype, tmp_path):
     assert np.abs(written.read() - original).max() < 1e-6
 
 
+def test_mp3_is_read_and_returns_without_loss(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    for k in range(3):
+        soundfile.write(tmp_path / f"{k}.mp3", np.sin(np.arange(4000) * 0.05 * (k + 1)) / 2, 16000)
+    data = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
+    values = data.source.fetch(range(3))
+    assert np.array_equal(values[1, 0].numpy(), soundfile.read(tmp_path / "1.mp3", dtype="float32")[0])
+    (tmp_path / "out").mkdir()
+    write_arrays(tmp_path / "out", data.denormalize(data.preprocess(values)).numpy(), data)
+    assert np.abs(soundfile.read(tmp_path / "out" / "00001.wav")[0] - values[1, 0].numpy()).max() < 1e-6
+
+
 def test_scaled_volumes_have_their_scaled_values(tmp_path):
     import nibabel
 
