@@ -11,7 +11,7 @@ from src.config.cli import launch
 from src.config.output import relative, start_output
 from src.config.rules import check_values
 from src.config.words import key_of
-from src.errors import command, counted, format_override, shell_word, usage_errors
+from src.errors import command, counted, format_override, printable, shell_word, usage_errors
 from src.viz.tables import format_duration
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def report_duplicates(data: "ImageDataModule") -> None:
     crossing = across_split(duplicates, is_val)
     print(
         f"{counted(copies, noun)} equal to another and {counted(len(duplicates.near), 'pair')} of nearly equal ones "
-        f"among {duplicates.compared:,} {noun}s, such as {names[first]} and {names[second]}; "
+        f"among {duplicates.compared:,} {noun}s, such as {printable(names[first])} and {printable(names[second])}; "
         f"{counted(crossing, f'validation {noun}')} equal or similar to a training {noun}"
     )
     if crossing:

@@ -99,7 +99,12 @@ def sentence(error: BaseException) -> str:
 
 def first_names(names: Sequence[str], count: int = 5) -> str:
     """List the first names and count the rest, for a message."""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(map(printable, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def printable(name: str) -> str:
+    """Return a name with escapes for line breaks, control characters, and bytes that are not UTF-8."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def counted(count: int, noun: str) -> str:

@@ -91,7 +91,13 @@ def _open_once(path: Path, size: int, time: int, process: int) -> _Archive:
         zipped = zipfile.ZipFile(path)
         if all(each.flag_bits & 1 for each in zipped.infolist() if not each.is_dir()):  # the first bit: encrypted
             raise ValueError(f"{path} is encrypted or empty; unpack it into a folder")
-        return _Archive({each.filename: each.file_size for each in zipped.infolist() if not each.is_dir()}, zipped.read)
+        files = {each.filename: each.file_size for each in zipped.infolist() if not each.is_dir()}
+        if not any("/" in name for name in files):  # some programs for Windows write backslashes between folders
+            stored = {name.replace("\\", "/"): name for name in files if not name.endswith("\\")}
+            return _Archive(
+                {name: files[each] for name, each in stored.items()}, lambda name: zipped.read(stored[name])
+            )
+        return _Archive(files, zipped.read)
     if (places := _tar_places(path, size, time)) is not None:
         return _Archive({name: size for name, (_, size) in places.items()}, lambda name: read_at(path, *places[name]))
     packed = tarfile.open(path)  # noqa: SIM115 - stays open in this process

@@ -14,9 +14,9 @@ import numpy as np
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.found_images import FoundImages
 from src.data.read_errors import read_with_retries
-from src.errors import absence, first_names
+from src.errors import absence, counted, first_names
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff"}
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff", ".mp3", ".opus"}
 NIFTI_SUFFIXES = {".nii", ".nii.gz"}
 KINDS = {1: "signal", 2: "image", 3: "volume"}
 
@@ -70,15 +70,18 @@ def arrange(path: Path, array: Array, channels: int | None, size: tuple[int, ...
         wanted += "" if size is None else f" for data.image_size={list(size)}"
         raise ValueError(f"{path} has shape {array.shape}, and it must be {wanted}; save it with this shape")
     if channels not in (None, shape[0]):
-        raise ValueError(f"{path} has {shape[0]} channels, and data.channels={channels}; leave data.channels out")
+        has = counted(shape[0], "channel")
+        raise ValueError(f"{path} has {has}, and data.channels={channels}; leave data.channels out")
     return array
 
 
 # NumPy files of all samples
 
 
-def open_numpy(path: Path, key: str | None = None, setting: str = "data.root") -> Array:
+def open_numpy(path: Path, key: str | None = None, setting: str = "data.root", kinds: str = "buif") -> Array:
     """Return the array of a .npy file or of a .npz file, mapped into memory unless it is compressed.
+
+    `kinds` are NumPy's codes of the data types to accept.
 
     Raises ValueError for a file without numbers, or for an .npz file with several arrays without `key`.
     """
@@ -96,7 +99,7 @@ def open_numpy(path: Path, key: str | None = None, setting: str = "data.root") -
         raise ValueError(f"{path} cannot be read ({reason}); save it again as numbers, or set {setting}") from error
     if problem is not None:
         raise ValueError(f"{path}: {problem}")
-    if array.dtype.kind not in "buif":
+    if array.dtype.kind not in kinds:
         raise ValueError(f"{path} has values of type {array.dtype}; use integers or floats, or split complex numbers")
     return array
 
@@ -155,11 +158,11 @@ def _read_file(found: FoundImages, index: int, key: str | None) -> Sample:
             sample = Sample(_load_numpy(stream, key), {})
     values = sample.values.astype(sample.values.dtype.newbyteorder("="), copy=False)
     if values.dtype.kind not in "buif":
-        raise ValueError(f"its values have type {values.dtype}")
+        raise ValueError(f"its values have type {values.dtype}; use integers or floats, or split complex numbers")
     if not values.size:
         raise ValueError("it is empty")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError("it has values that are not finite")
+        raise ValueError("it has values that are not finite; replace NaN and infinity by numbers")
     return sample._replace(values=values)
 
 
@@ -205,3 +208,22 @@ def _read_nifti(contents: bytes) -> Sample:
     # nibabel scales in float64, but the file has fewer bits than that.
     values = values.astype(np.float32) if values.dtype == np.float64 != image.get_data_dtype() else values
     return Sample(values, {"affine": image.affine.tolist()})
+
+
+def reorient(sample: Sample, affine: Any) -> Sample:
+    """Return a volume (C, X, Y, Z) turned and mirrored, without resampling, to the axes of another `affine` (4, 4).
+
+    Scanners and programs store volumes in different orientations, which the affine of each file tells.
+    """
+    import nibabel
+
+    orientations: Any = nibabel.orientations
+    own = np.asarray(sample.header["affine"])
+    have, wanted = (orientations.io_orientation(each) for each in (own, np.asarray(affine)))
+    if sample.values.ndim != 4 or np.array_equal(have, wanted):
+        return sample
+    change = orientations.ornt_transform(have, wanted)
+    values = np.stack([orientations.apply_orientation(channel, change) for channel in sample.values])
+    turned = own @ orientations.inv_ornt_aff(change, sample.values.shape[1:])
+    header = {**sample.header, "affine": turned.tolist()}
+    return Sample(values, header, [*sample.changes, "turned to the axes of the first file"])

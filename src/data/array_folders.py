@@ -104,10 +104,12 @@ def _check_one_sample_per_file(found: FoundImages) -> None:
 def read_labels(path: Path, count: int) -> list[str]:
     """Return the class of each of `count` samples. Raises ValueError for another number of labels, or empty ones."""
     if path.suffix.lower() == ".npy":
-        array = open_numpy(path, setting="data.source.labels")
-        if array.ndim != 1 or array.dtype.kind not in "bui":
-            raise ValueError(f"data.source.labels={path} has shape {array.shape} of {array.dtype}; use integers (N,)")
-        names = [str(int(value)) for value in array]
+        array = open_numpy(path, setting="data.source.labels", kinds="buifU")
+        array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+        if array.ndim != 1 or array.dtype.kind not in "buiU":
+            fix = "save argmax(axis=1) of one-hot codes" if array.ndim == 2 else "save integers (N,)"
+            raise ValueError(f"data.source.labels={path} has shape {array.shape} of {array.dtype}; {fix}")
+        names = [str(value) if array.dtype.kind == "U" else str(int(value)) for value in array]
     else:
         table = read_table(path, "data.source.labels")
         names = table.column(table.one_of(("label",), "data.source.labels"))

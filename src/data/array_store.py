@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, array_suffix, read_file
+from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, array_suffix, read_file, reorient
 from src.data.decode import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
@@ -84,16 +84,20 @@ def _read_all(
     found: FoundImages, channels: int, size: tuple[int, ...], key: str | None
 ) -> Iterator[tuple[Sample | None, str]]:
     """Yield each sample as (C, *size), or None and why it cannot be read or used."""
+    affine = None
     for k in range(len(found)):
         try:
             sample = read_file(found, k, key)
+            if (own := sample.header.get("affine")) is not None:
+                affine = affine or own
+                sample = reorient(sample, affine)
             mixed = mix(found.names[k], sample.values, channels)
             values = arrange(Path("it"), mixed, channels, size, batched=False)
             header = fit_header(sample.header, values.shape[1:], size)
         except (DataReadError, ValueError) as error:
             yield None, str((error.__cause__ and " ".join(str(error.__cause__).split())) or error)
         else:
-            changes = ["mixed down"] if len(mixed) < len(sample.values) else []
+            changes = [*sample.changes, *(["mixed down"] if len(mixed) < len(sample.values) else [])]
             if values.shape[1:] != size:
                 cut = "cut" if values.shape[1] > size[0] else "zero-padded"
                 changes.append(cut if len(size) == 1 else "resampled")

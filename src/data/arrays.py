@@ -22,7 +22,7 @@ from src.data.array_folders import find_arrays, labels_beside, labels_of_files, 
 from src.data.array_source import ArraySource, check_resolution, describe_array, measure
 from src.data.array_store import decode_all, mix
 from src.data.decode import Array
-from src.data.fit import find_limits, spatial_size
+from src.data.fit import find_limits, spatial_size, warn_of_outliers
 from src.data.found_images import FoundImages, describe
 from src.data.image_source import check_readable
 from src.data.images import ImageDataModule
@@ -74,9 +74,9 @@ class Arrays:
                 continue
             got = arrange(found.path(k), mix(found.names[k], values, channels), channels, size, batched=False).shape
             return (got[0], *(size or got[1:]))
-        raise DataReadError(
-            f"{len(found)} of {len(found)} files under {found.root} cannot be read, such as {first}; set data.root"
-        )
+        cause, _, fix = str(first).removesuffix(")").partition("; ")
+        fix = fix or "set data.root to other files"
+        raise DataReadError(f"none of the {len(found)} files under {found.root} can be read: {cause}); {fix}")
 
     def __call__(
         self,
@@ -127,6 +127,8 @@ class Arrays:
         array = open_array()
         limits = find_limits(value_range, array.dtype.name, *measure(path, array))
         check_resolution(limits)
+        if value_range is None:
+            warn_of_outliers(array, limits)
         labels, text = None, f"{counted(len(array), KINDS[len(size)])} in {path.name}"
         if self.labels is not None:
             labels = labels_from_names(read_labels(path.parent / self.labels, len(array)))
@@ -170,6 +172,8 @@ class Arrays:
             low, high = -max(-low, high), max(-low, high)
         limits = find_limits(value_range, array.dtype.name, low, high)
         check_resolution(limits)
+        if value_range is None:
+            warn_of_outliers(array, limits)
         text += describe_array(array, limits)
         if changes := about.get("changes"):
             text += "; " + ", ".join(f"{count:,} {change}" for change, count in changes.items())

@@ -102,4 +102,4 @@ def _from_text_files(path: Path, files: Sequence[Path]) -> list[list[str]]:
 
 def _lines(source: Path) -> list[str]:
     """Return the stripped lines of a text file."""
-    return [line.strip() for line in decode_text(source.read_bytes(), None, source)[0].split("\n")]
+    return [line.strip() for line in decode_text(source.read_bytes(), None, source)[0].replace("\r", "\n").split("\n")]

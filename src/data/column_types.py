@@ -20,7 +20,7 @@ from src.data.dates import (
     ticks_of,
     ticks_of_epochs,
 )
-from src.data.table_files import Table, sorted_names
+from src.data.table_files import MISSING, Table, sorted_names
 from src.data.table_text import cell_text, to_numbers
 from src.errors import first_names, format_override, shell_word
 
@@ -33,9 +33,8 @@ MAX_DECIMALS = 8
 """Largest number of decimals to which samples are rounded; columns with more are not rounded."""
 _SIGN = re.compile(r"^\s*[$€£¥]\s*|\s*[$€£¥%]\s*$")
 """Currency or percent signs, which make a text of a number."""
-MISSING = {"", "na", "n/a", "nan", "null", "<na>", "#n/a"}
 MISSING_NUMBERS = MISSING | {"none", "-", "--", ".", "?", "-nan", "nat"}
-"""Texts of missing cells, in lower case; the second set is for columns of numbers."""
+"""Texts of missing cells in columns of numbers, in lower case."""
 BOOLEANS = [("false", "true"), ("no", "yes"), ("n", "y"), ("f", "t")]
 ID_NAMES = re.compile(r"(?i:(.*[_\s.-])?(id|uuid|index|key))|.*[a-z](Id|ID)")
 """Names of integer columns that are left out as ids if all their values differ."""

@@ -26,6 +26,8 @@ HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1",
 TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 NETPBM_HEADER = re.compile(rb"P([56])\s(?:\s*#.*\n)*\s*(\d+)\s+(?:#.*\n)*(\d+)\s+(?:#.*\n)*(\d+)\s")
 """The header of a binary PGM (5) or PPM (6): width, height and largest value, with comments."""
+ONLY_TIFFFILE = {33003, 33004, 33005, 34712, 50001, 50002}
+"""Compressions of TIFF that Pillow does not decode: JPEG 2000 (four numbers), WebP and JPEG XL."""
 NOT_IMAGES = {".bufr", ".emf", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps", ".wmf"}
 """Suffixes that Pillow registers for formats that it does not decode into pixels by itself."""
 
@@ -91,7 +93,7 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
             decoded = _from_netpbm16(stream.read())
         case "other":
             decoded = _from_pillow(stream, pages, at_least)
-    return _check_finite(decoded)
+    return _check_values(decoded)
 
 
 def _kind(stream: BinaryIO) -> Literal["empty", "numpy", "tiff", "png16", "netpbm16", "other"]:
@@ -111,10 +113,13 @@ def _kind(stream: BinaryIO) -> Literal["empty", "numpy", "tiff", "png16", "netpb
     return "other"
 
 
-def _check_finite(decoded: Decoded) -> Decoded:
-    """Return an image. Raises ValueError if it has infinite values or NaN."""
-    if decoded.pixels.dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
-        raise ValueError("it has values that are not finite")
+def _check_values(decoded: Decoded) -> Decoded:
+    """Return an image. Raises ValueError if its values are not integers or floats, or not finite."""
+    dtype = decoded.pixels.dtype
+    if dtype.kind not in "buif":
+        raise ValueError(f"its values have type {dtype}; use integers or floats")
+    if dtype.kind == "f" and not np.isfinite(decoded.pixels).all():
+        raise ValueError("it has values that are not finite; replace NaN and infinity by numbers")
     return decoded
 
 
@@ -131,8 +136,6 @@ def _load_numpy(stream: BinaryIO) -> Array:
 
 
 def _from_array(array: Array, channels: int) -> Decoded:
-    if array.dtype.kind not in "buif":
-        raise ValueError(f"its values have type {array.dtype}; use integers or floats")
     planar = array.ndim == 3 and array.shape[2] != channels
     if planar and (array.shape[0] == channels or array.shape[0] < min(array.shape[1:])):
         array = array.transpose(1, 2, 0)
@@ -143,7 +146,8 @@ def _from_array(array: Array, channels: int) -> Decoded:
 def _channels_last(array: Array) -> Array:
     """Return (H, W) or (H, W, C) as (H, W, C). Raises ValueError for other shapes and empty arrays."""
     if array.ndim not in (2, 3) or not array.size:
-        raise ValueError(f"its shape is {array.shape}, not (height, width) or (height, width, channels)")
+        fix = "; use data=array, for signals, volumes, and files of all samples" if array.size else ""
+        raise ValueError(f"its shape is {array.shape}, not (height, width) or (height, width, channels){fix}")
     return array[..., None] if array.ndim == 2 else array
 
 
@@ -179,7 +183,7 @@ def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
             frames = _pillow_frames(stream) if _is_plain(tiff) else iter(list(_tiff_frames(tiff)))
     else:
         frames = _pillow_frames(stream) if count_frames(stream) > 1 else iter([decode(stream)])
-    yield from map(_check_finite, frames)
+    yield from map(_check_values, frames)
 
 
 def count_frames(stream: BinaryIO) -> int:
@@ -210,6 +214,7 @@ def _is_plain(tiff: "TiffFile") -> bool:
     alpha = _has_alpha(page)
     colors = {0: 1, 1: 1, 2: 3}.get(int(page.photometric))  # white is zero, black is zero, RGB
     plain = colors is None or page.samplesperpixel == colors + alpha  # others, such as CMYK, are left to Pillow
+    plain = plain and int(page.compression) not in ONLY_TIFFFILE
     return page.bitspersample in (1, 2, 4, 8) and page.sampleformat == 1 and plain
 
 
@@ -249,6 +254,10 @@ def _tiff_frames(tiff: "TiffFile", as_channels: bool = False) -> Iterator[Decode
         rgb = page.photometric == PHOTOMETRIC.RGB and page.samplesperpixel == 3 + alpha
         order = [*_stacked(axes), *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u"
+        if page.nodata and (array == page.nodata).any():
+            raise ValueError(
+                f"some of its pixels have no data (GDAL_NODATA={page.nodata:g}); fill them in, or remove the tag"
+            )
         array = array.transpose(order)
         frames = 1 if as_channels else math.prod(array.shape[: len(_stacked(axes))])
         channels_used = as_channels or "C" in axes

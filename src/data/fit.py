@@ -1,6 +1,7 @@
 """Convert decoded images to one size and number of channels, and find the range of their values."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -265,6 +266,23 @@ def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, hig
     limits = infer_range(dtype, low, high) if value_range is None else as_range(value_range)
     check_range(limits, low, high)
     return limits
+
+
+def warn_of_outliers(pixels: Array, limits: tuple[float, float]) -> None:
+    """Warn if all but 0.2% of the values of evenly spaced samples (N, ...) use little of the range `limits`.
+
+    Data of 8 bits are not examined: they may be masks, or drawings with few strokes.
+    """
+    if pixels.dtype.itemsize == 1:
+        return
+    chosen = np.linspace(0, len(pixels) - 1, min(len(pixels), 64)).astype(int)
+    low, high = np.quantile(pixels[chosen] if pixels.ndim > 1 else pixels[:1_000_000], [0.001, 0.999]).tolist()
+    if 0 < high - low < MIN_USE * (limits[1] - limits[0]):
+        warnings.warn(
+            f"99.8% of the values lie in [{low:g}, {high:g}], which is {(high - low) / (limits[1] - limits[0]):.1%} of "
+            f"the range [{limits[0]:g}, {limits[1]:g}]; data.value_range=[{low:g},{high:g}] scales by these values",
+            stacklevel=2,
+        )
 
 
 def describe_sizes(sizes: Array, frames: Array, spec: ImageSpec, dtype: str, limits: tuple[float, float]) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from src.data.archives import open_member
 from src.data.encoded import EncodedImages, Names, keep_rows
-from src.errors import counted, first_names, format_override
+from src.errors import counted, first_names, format_override, printable
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def describe(found: EncodedImages, classes: Sequence[str] | None, noun: str = "i
             text += f", {len(untrained)} of them only in validation ({first_names(untrained)})"
     if found.left_out:
         parts = (
-            f"{len(names):,} {reason} ({names[0]}{', ...' * (len(names) > 1)})"
+            f"{len(names):,} {reason} ({printable(names[0])}{', ...' * (len(names) > 1)})"
             for reason, names in found.left_out.items()
         )
         text += f"; left out: {', '.join(parts)}"

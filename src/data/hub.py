@@ -309,9 +309,10 @@ def _labels(parts: Sequence[Any], columns: Columns, typed: str | None) -> tuple[
     if missing and typed is None:
         return None, f"; {counted(missing, 'image')} without {columns.label}, so it is not used"
     if missing or not all(isinstance(value, int | str) for value in values):
+        found = f"{missing:,} of {len(values):,} are empty" if missing else f"the first has {values[0]!r:.60}"
         raise ValueError(
             f"{format_override('data.source.label_column', columns.label)} must have a name or a whole number for each "
-            f"image, and {missing:,} of {len(values):,} are empty; choose another column"
+            f"image, and {found}; choose another column"
         )
     if isinstance(feature, ClassLabel):
         names = [list(part.features[columns.label].names) for part in parts]

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from src.data.decode import Array
 from src.data.encoded import EncodedImages
-from src.data.fit import ImageSpec, as_range, bucket_sizes, crop_at, describe_sizes, find_limits, infer_range
+from src.data.fit import (
+    ImageSpec,
+    as_range,
+    bucket_sizes,
+    crop_at,
+    describe_sizes,
+    find_limits,
+    infer_range,
+    warn_of_outliers,
+)
 from src.data.found_images import describe, suffix_of
 from src.data.frames import FrameImages
 from src.data.pixel_store import PixelStore, default_cache_dir, load_sample, open_pixels, try_load
@@ -242,7 +251,10 @@ def _measure(
             f"data.value_range=[{low:g},{high:g}] if their values have the same meaning"
         )
     dtype = str(names[0]) if len(names) == 1 else "float32"
-    return dtype, find_limits(value_range, dtype, low, high)
+    limits = find_limits(value_range, dtype, low, high)
+    if value_range is None:
+        warn_of_outliers(store.pixels, limits)
+    return dtype, limits
 
 
 def _probe(

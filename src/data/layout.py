@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Literal
 
 from src.data.found_images import FoundImages
@@ -13,22 +14,40 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""The split that a folder at the top holds, by its name in lower case: the convention of Hugging Face's datasets."""
+"""The split that a folder holds, by a word of its name in lower case: the convention of Hugging Face's datasets."""
+FILLERS = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", "photo", "photos", "seg", "folder"}
+"""Other words in the names of such folders, such as train_images, seg_test and test-set."""
 
 MAX_STRAYS = 0.05
 """Largest share of files outside of all class folders that does not remove the classes."""
 
 
+@cache
+def split_of(folder: str) -> str | None:
+    """Return the split that a folder seems to hold, by its name, such as train2017, TEST_images or trainA; else None.
+
+    Names with other words, such as train_masks, hold no split.
+    """
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", folder)
+    named = [each.lower().removesuffix("set") or "set" for each in words if len(each) > 1]
+    splits = {SPLITS.get(word, "" if word in FILLERS else "other") for word in named} - {""}
+    return splits.pop() if len(splits) == 1 and splits <= {*SPLITS.values()} else None
+
+
 def splits_of(names: Sequence[str]) -> list[str | None] | None:
     """Return the split of each file, or None for files outside of the folders of splits.
 
-    Returns None for all if there is no folder for training at the top, or in the only folder there. Beside other
-    folders and without another split, "train" is the name of a class, like "bus". Raises ValueError if all files are in
-    folders for validation and test.
+    These folders are at the top, in the only folder there, or in each of the folders there, which are classes. Returns
+    None for all without a folder for training. Beside other folders and without another split, "train" is the name of
+    a class, like "bus". Raises ValueError if all files are in folders for validation and test.
     """
     level = _outer_folders(names) if names else 0
     folders = [name.split("/")[level:-1] for name in names]
-    splits = [SPLITS.get(parts[0].lower()) if parts else None for parts in folders]
+    below = [split_of(parts[1]) if len(parts) > 1 else None for parts in folders]
+    trained = {parts[0] for parts, split in zip(folders, below, strict=True) if split == "train"}
+    if {*below} & {"validation", "test"} and trained == {parts[0] for parts in folders if parts}:
+        return below
+    splits = [split_of(parts[0]) if parts else None for parts in folders]
     present = {split for split, parts in zip(splits, folders, strict=True) if parts}
     if present and present <= {"validation", "test"} and all(folders):
         tops = sorted({parts[0] for parts in folders})
@@ -112,7 +131,7 @@ def _class_levels(names: Sequence[Sequence[str]], depth: Depth) -> list[int]:
     outer = [_outer_folders(each) if each else 0 for each in names]
     levels = []
     for each, level in zip(names, outer, strict=True):
-        splits = {SPLITS.get(name.split("/")[level].lower()) for name in each}
+        splits = {split_of(name.split("/")[level]) for name in each}
         levels.append(level + 1 if splits <= {"train", "validation"} and "train" in splits else 0)
     end = None if depth == "all" else depth
     some = {tuple(name.split("/")[k:-1][:end]) for each, k in zip(names, levels, strict=True) for name in each}
@@ -126,7 +145,7 @@ def _outer_folders(names: Iterable[str]) -> int:
     first, last = min(names := list(names)), max(names)  # what these share, all share
     shared = 0
     for a, b in zip(first.split("/")[:-1], last.split("/")[:-1], strict=False):
-        if a != b or a.lower() in SPLITS:
+        if a != b or split_of(a):
             break
         shared += 1
     return shared

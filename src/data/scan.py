@@ -22,6 +22,8 @@ SIDECARS = {
     *(".7z", ".gz", ".rar", ".tar", ".zip"),
 }
 """Suffixes of files that are never images."""
+CONTAINERS = {".h5", ".hdf5", ".mat", ".pkl", ".pt", ".pth", ".safetensors", ".zarr"}
+"""Suffixes of files that other programs keep arrays in."""
 
 
 class _File(NamedTuple):
@@ -64,7 +66,9 @@ def find_images(
     if not used:
         others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
         examples = ".png, .jpg or .npy" if noun == "image" else ".npy, .wav or .nii.gz"
-        raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else ""))
+        kept = {suffix_of(name) for names in left_out.values() for name in names} | {suffix_of(root.name)}
+        fix = "; save the arrays in it by numpy.save" if kept & CONTAINERS else ""
+        raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else "") + fix)
     sizes, times = (np.array([file[k] for file in used], np.int64) for k in (1, 2))
     return FoundImages(
         (root,),
@@ -87,11 +91,13 @@ def find_in(
 ) -> FoundImages:
     """Return the files that `find_images` finds under the root in the setting `name`; errors name it and the fix."""
     path = Path(root or "")
-    setting = format_override(name, str(path.absolute()) if root else None)
-    if root is None or not (path.is_file() or path.is_dir()):
-        raise FileNotFoundError(f"{setting} {'does not exist' if root is None else absence(path)}; {fix}")
+    setting = format_override(name, str(path.absolute()) if root else root)
+    if not root or not (path.is_file() or path.is_dir()):
+        raise FileNotFoundError(f"{setting} {absence(path) if root else 'names no folder'}; {fix}")
     try:
         return find_images(path, accepts, noun, None if val_root is None else Path(val_root))
+    except PermissionError as error:
+        raise ValueError(f"{setting}: {error.filename} may not be read; change its permissions, or {fix}") from error
     except (FileNotFoundError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"{setting}: {error}; {fix}") from error

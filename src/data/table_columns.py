@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from src.data.column_types import MAX_CATEGORIES, MISSING, parse_column, type_override
+from src.data.column_types import MAX_CATEGORIES, parse_column, type_override
 from src.data.columns import CategoryCode, Cells, Column, ColumnType, Transform, infer_column
 from src.data.dates import EPOCHS, UNIT_NAMES, dates_of_texts
 from src.data.sources import Labels
-from src.data.table_files import Table
+from src.data.table_files import MISSING, Table
 from src.data.table_text import to_number
 from src.errors import did_you_mean, first_names, format_override
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 COMPRESSED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 """Decompression function by the first bytes of a file."""
+MISSING = {"", "na", "n/a", "nan", "null", "<na>", "#n/a"}
+"""Texts of missing cells, in lower case."""
 FILE_COLUMNS = ("file_name", "file", "filename", "image")
 """Names of the column with image files; Hugging Face's ImageFolder uses `file_name`."""
 
@@ -155,8 +157,12 @@ def read_pairs(
         lists = [list(c) if isinstance(c, list | tuple) or type(c).__name__ == "ndarray" else [c] for c in cells]
         given = [each for each in lists if any(map(cell_text, each))]
         for each in given[0] if given else [""]:
+            if isinstance(each, dict | list):
+                raise ValueError(
+                    f"{table.place(row)}: the {what} is {each!r:.60}; write one text, or set data.source.{what}_column"
+                )
             text = cell_text(each).strip()
-            if not file or not text:
+            if not file or not text or (what == "label" and text.lower() in MISSING):
                 raise ValueError(
                     f"{table.place(row)}: the {what if file else 'file name'} is empty; write one, or remove the row "
                     "and its image"
@@ -175,7 +181,7 @@ def labels_from_names(names: Iterable[str]) -> Labels:
 def sorted_names(names: Iterable[str]) -> list[str]:
     """Return the unique names in order; if all are integers, in numeric order."""
     different = sorted(set(names))
-    if all(name.isdecimal() for name in different):
+    if all(name.removeprefix("-").isdecimal() for name in different):
         different.sort(key=int)
     return different
 

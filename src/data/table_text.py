@@ -24,7 +24,7 @@ _SPACED = re.compile(rf"[+-]?[1-9]\d{{0,2}}(([{_SPACES[1:]}]\d{{3}})+([.,]\d+)?|
 
 
 def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str]:
-    """Return the text and its encoding: UTF-8, UTF-16, cp1252 or Latin-1. Raises ValueError for binary data."""
+    """Return the text and its encoding: UTF-8, UTF-16 or cp1252. Raises ValueError for other and binary data."""
     if encoding is None:
         zeros = [data[:2000][side::2].count(0) for side in (0, 1)]
         marks = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -44,8 +44,18 @@ def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str
         else:
             if "\0" in text:
                 raise ValueError(f"{path} is not a text file, it contains null bytes; save the table as CSV in UTF-8")
+            if encoding is None and (name == "latin-1" or (name == "cp1252" and _is_foreign(text))):
+                raise ValueError(
+                    f"{path} is not text in UTF-8, UTF-16 or cp1252; save it as UTF-8, or set data.encoding of a "
+                    "table, such as gbk, shift_jis or cp1252"
+                )
             return text, name
     raise ValueError(f"{path} is not text in {candidates[0]} ({reason}); save it as UTF-8")
+
+
+def _is_foreign(text: str) -> bool:
+    """Return whether a text seems to be wrongly decoded: Western words do not have four special letters in a row."""
+    return any(len(set(run)) > 1 for run in re.findall(r"[^\0-\x7f]{4,}", text))
 
 
 def find_separator(text: str) -> str:

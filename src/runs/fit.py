@@ -31,7 +31,7 @@ def record_data(run: "Run") -> None:
             run.data.write_fingerprint(path)
             if unreadable := getattr(run.data.source, "unreadable", {}):
                 lines = [f"{file}: {reason}\n" for file, reason in unreadable.items()]
-                path.with_name("unreadable.txt").write_text("".join(lines), encoding="utf-8")
+                path.with_name("unreadable.txt").write_text("".join(lines), "utf-8", "backslashreplace")
 
 
 def fit_run(run: "Run") -> dict[str, float]:

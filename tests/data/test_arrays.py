@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from src.data.array_files import arrange, open_numpy
+from src.data.array_files import Sample, arrange, open_numpy, reorient
 from src.data.array_store import fit, fit_header
 from src.data.arrays import ArrayDataModule, Arrays
 from src.data.write import to_type, write_arrays
@@ -170,6 +170,11 @@ def test_labels_come_from_integers_and_tables(tmp_path):
     for name, classes in (("y.npy", ["3", "10"]), ("y.csv", ["cat", "dog"])):
         labels = opened(tmp_path / "x.npy", source_labels=name).source.labels
         assert list(labels.classes) == classes and labels.targets.tolist() == [0, 0, 1, 0, 1, 0]
+    np.save(tmp_path / "column.npy", np.array([[-1], [-1], [3], [-10], [3], [-1]]))
+    labels = opened(tmp_path / "x.npy", source_labels="column.npy").source.labels
+    assert list(labels.classes) == ["-10", "-1", "3"] and labels.targets.tolist() == [1, 1, 2, 0, 2, 1]
+    np.save(tmp_path / "names.npy", np.array(["b", "a", "b", "a", "a", "b"]))
+    assert opened(tmp_path / "x.npy", source_labels="names.npy").source.labels.classes == ["a", "b"]
     np.save(tmp_path / "short.npy", np.zeros(5, int))
     with pytest.raises(ValueError, match=r"data\.source\.labels"):
         opened(tmp_path / "x.npy", source_labels="short.npy")
@@ -286,6 +291,18 @@ def test_audio_returns_in_its_bits_and_format(ending, subtype, tmp_path):
     assert np.abs(written.read() - original).max() < 1e-6
 
 
+def test_mp3_is_read_and_returns_without_loss(tmp_path):
+    soundfile = pytest.importorskip("soundfile")
+    for k in range(3):
+        soundfile.write(tmp_path / f"{k}.mp3", np.sin(np.arange(4000) * 0.05 * (k + 1)) / 2, 16000)
+    data = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
+    values = data.source.fetch(range(3))
+    assert np.array_equal(values[1, 0].numpy(), soundfile.read(tmp_path / "1.mp3", dtype="float32")[0])
+    (tmp_path / "out").mkdir()
+    write_arrays(tmp_path / "out", data.denormalize(data.preprocess(values)).numpy(), data)
+    assert np.abs(soundfile.read(tmp_path / "out" / "00001.wav")[0] - values[1, 0].numpy()).max() < 1e-6
+
+
 def test_scaled_volumes_have_their_scaled_values(tmp_path):
     import nibabel
 
@@ -297,6 +314,25 @@ def test_scaled_volumes_have_their_scaled_values(tmp_path):
     data = opened(tmp_path)
     assert data.shape == (1, 3, 4, 5) and data.inferred["dtype"] == "float32"
     assert np.allclose(data.source.fetch([2])[0, 0].numpy(), stored)
+
+
+def test_volumes_are_turned_to_one_orientation(tmp_path):
+    """The same volume, stored mirrored and with other axes, with the affine that says so."""
+    import nibabel
+
+    stored = ramp(3, 4, 5)
+    mirrored = np.diag([-2.0, 1.0, 1.0, 1.0])
+    mirrored[0, 3] = 4  # of the first voxel, which is the last one of the first file
+    permuted = np.array([[0, 0, 2.0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+    files = [(stored, np.diag([2.0, 1.0, 1.0, 1.0])), (stored[::-1], mirrored), (stored.transpose(1, 2, 0), permuted)]
+    for k, (values, affine) in enumerate(files):
+        nibabel.Nifti1Image(values, affine).to_filename(tmp_path / f"{k}.nii")
+    data = opened(tmp_path)
+    assert data.shape == (1, 3, 4, 5) and "2 turned" in data.source.summary
+    for k in range(3):
+        assert np.array_equal(data.source.fetch([k])[0, 0].numpy(), stored)
+    turned = reorient(Sample(stored[::-1][None], {"affine": mirrored.tolist()}), files[0][1])
+    assert np.array_equal(turned.header["affine"], files[0][1])
 
 
 def test_stored_settings_need_no_files():

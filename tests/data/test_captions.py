@@ -78,6 +78,27 @@ def test_captions_belong_to_their_images(tmp_path):
     assert source.labels is not None and source.labels.classes == ["x", "y"]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "text"), [("gbk", "红色的汽车"), ("shift_jis", "水曜日の猫"), ("koi8-r", "кошка")]
+)
+def test_texts_in_other_encodings_are_refused(tmp_path, encoding, text):
+    """Decoded as Western text they would be wrong letters."""
+    images(tmp_path, "a.png", "b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes(text.encode(encoding))
+    assert "a.txt" in refused(tmp_path) and "UTF-8" in refused(tmp_path)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes("« Où êtes-vous, Zoë ? » ÉÉÉÉ\rtwo".encode("cp1252"))
+    assert opened(tmp_path).captions == [["« Où êtes-vous, Zoë ? » ÉÉÉÉ", "two"]] * 2
+
+
+@pytest.mark.parametrize("text", [{"en": "cat"}, [{"text": "cat"}]])
+def test_objects_are_no_captions(tmp_path, text):
+    images(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+    assert "line 1" in refused(tmp_path) and "data.source.caption_column" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("column", ["text", "caption", "captions"])
 def test_rows_of_a_csv_file_are_captions(tmp_path, column):
     """Rows in any order, several per image, quoted commas, and other columns ignored."""

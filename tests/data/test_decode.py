@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,49 @@ def test_sizes_are_those_of_upright_images(tmp_path):
     source = folder(str(tmp_path), SHAPE[::-1], 1)
     assert np.array_equal(source.fetch([0])[0, 0].numpy(), np.rot90(GRAY16[..., 0], -1))
     assert f"; {SHAPE[0]}x{SHAPE[1]} pixels;" in source.summary
+
+
+@pytest.mark.parametrize("compression", ["jpeg2000", "lzw"])
+def test_compressed_tiffs_keep_their_values(compression):
+    """Pillow decodes only the second one."""
+    pixels = uniform(16, 16, 3)
+    options = {"compressionargs": {"reversible": True}} if compression == "jpeg2000" else {}
+    contents = tiff(pixels, photometric="rgb", compression=compression, **options)
+    assert np.array_equal(decode(io.BytesIO(contents)).pixels, pixels)
+
+
+def test_complex_values_are_refused():
+    """Their imaginary part would be lost."""
+    for contents in (tiff(np.ones(SHAPE, "complex64")), numpy_file(np.ones(SHAPE, "complex64"))):
+        with pytest.raises(ValueError, match="complex64"):
+            decode(io.BytesIO(contents))
+
+
+def test_a_few_outliers_bring_a_warning(tmp_path):
+    """A typed range, and data that use the range, bring none."""
+    for k in range(4):
+        values = uniform(*SHAPE, 30, dtype="uint16", high=1000)
+        values[0, 0, 0] = 65535 if k == 0 else 0
+        (tmp_path / f"{k}.npy").write_bytes(numpy_file(values))
+    with pytest.warns(UserWarning, match=r"data\.value_range=\["):
+        source = folder(str(tmp_path), SHAPE, 30)
+    assert source.value_range == (0, 65535) and source.fetch([0]).max() == 65535
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder(str(tmp_path), SHAPE, 30, value_range=[0, 1000])
+        (tmp_path / "0.npy").unlink()
+        folder(str(tmp_path), SHAPE, 30)
+
+
+def test_pixels_without_data_are_refused():
+    """The tag of GDAL names their value, which is not a measurement; 0 is black in many images."""
+    values = np.where(FLOATS[..., 0] < 0.1, -9999, FLOATS[..., 0]).astype("float32")
+    tag = {"extratags": [(42113, "s", 0, "-9999", True)]}
+    with pytest.raises(ValueError, match="GDAL_NODATA=-9999"):
+        decode(io.BytesIO(tiff(values, **tag)))
+    assert np.array_equal(decode(io.BytesIO(tiff(FLOATS[..., 0], **tag))).pixels, FLOATS)
+    zero = {"extratags": [(42113, "s", 0, "0", True)]}
+    assert np.array_equal(decode(io.BytesIO(tiff(FLOATS[..., 0], **zero))).pixels, FLOATS)
 
 
 def test_background_and_opacity(tmp_path):

@@ -151,6 +151,34 @@ def test_classes_in_one_outer_folder_are_recognized(tmp_path, names, depth, clas
     assert (source.labels and source.labels.classes) == classes and len(source) == len(names)
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train2017", "val2017", "test2017"),
+        ("Training Images", "validation_set", "TEST "),
+        ("trainA", "valA", "testA"),
+        ("seg_train", "seg-dev", "1. testset"),
+        ("a/train", "a/val", "a/test"),
+        ("a/train", "a/val", "a/ground_truth"),
+    ],
+)
+def test_splits_have_a_word_in_their_names(tmp_path, train, val, test):
+    """At the top, or in each folder of a class."""
+    others = [f"{each.replace('a/', 'b/')}/1.png" for each in (train, val, test)] if train == "a/train" else []
+    save(tmp_path, f"{train}/1.png", f"{train}/2.png", f"{val}/1.png", f"{test}/1.png", *others)
+    source = open_folder(str(tmp_path))
+    held_out = {name for name, held in zip(source.found.names, source.val_mask, strict=True) if held}
+    assert held_out == {f"{val}/1.png", *others[1:2]}
+    assert {*source.found.names} - held_out == {f"{train}/1.png", f"{train}/2.png", *others[:1]}
+    assert {name for out in source.found.left_out.values() for name in out} == {f"{test}/1.png", *others[2:]}
+    assert (source.labels and source.labels.classes) == (["a", "b"] if others else None)
+
+
+def test_other_names_with_train_are_classes(tmp_path):
+    save(tmp_path, "train/1.png", "train_masks/1.png", "testbed/1.png")
+    assert open_folder(str(tmp_path)).labels.classes == ["testbed", "train", "train_masks"]
+
+
 def test_roots_of_one_class_each_keep_it(tmp_path):
     save(tmp_path, "0/a/x/0.png", "0/a/y/0.png", "1/b/0.png")
     assert open_folder([str(tmp_path / "0"), str(tmp_path / "1")]).labels.classes == ["a", "b"]
@@ -189,6 +217,31 @@ def zip_of(path: Path, **contents: bytes) -> str:
         for name, data in contents.items():
             archive.writestr(name, data)
     return str(path)
+
+
+def test_backslashes_in_archives_separate_folders(tmp_path):
+    """As some programs for Windows write them."""
+    save(tmp_path, "a/1.png", "b/2.png")
+    files = {name: (tmp_path / name).read_bytes() for name in ("a/1.png", "b/2.png")}
+    archive = Path(zip_of(tmp_path / "x.zip", **files))
+    archive.write_bytes(archive.read_bytes().replace(b"a/1.png", rb"a\1.png").replace(b"b/2.png", rb"b\2.png"))
+    found = open_folder(str(archive)).found
+    assert list(found.names) == [*files] and [found.open(k).read() for k in range(2)] == [*files.values()]
+
+
+def test_names_that_cannot_be_printed_are_escaped(tmp_path):
+    save(tmp_path, "1.png", "2.png")
+    (tmp_path / os.fsdecode(b"a\n\xff\x1b.txt")).write_text("")
+    summary = open_folder(str(tmp_path)).summary
+    assert summary.isprintable() and r"a\n\udcff\x1b.txt" in summary
+
+
+@pytest.mark.parametrize("root", ["", None])
+def test_an_empty_root_is_not_the_working_folder(tmp_path, monkeypatch, root):
+    save(tmp_path, "1.png", "2.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^data\.root="):
+        find(root)
 
 
 def test_archives_with_damaged_names_are_refused(tmp_path):
