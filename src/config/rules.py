@@ -3,6 +3,7 @@
 import fnmatch
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -340,7 +341,7 @@ def check_required(
 
 
 def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) -> None:
-    """Raise UsageError if typed settings exclude each other or have no effect in the command.
+    """Raise UsageError or warn if typed settings exclude each other or have no effect in the command.
 
     `typed` has the override of each setting that is not null, by the name of the setting.
     """
@@ -349,6 +350,11 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
         raise UsageError(f"{typed[one]} and {typed[other]} exclude each other; leave one out, or type {other}=null")
     if command == "train":
         _check_task(typed, cfg)
+        if "model.num_heads" in typed and (channels := OmegaConf.select(cfg, "model.num_head_channels")) is not None:
+            other = f"model.num_head_channels={channels}; add model.num_head_channels=null"
+            warnings.warn(f"{typed['model.num_heads']} has no effect with {other}", stacklevel=2)
+        if "model.text" in typed and cfg.get("conditioning") is None:
+            warnings.warn(f"{typed['model.text']} has no effect without conditioning=text or pretrained", stacklevel=2)
     of_latents = sorted(name for name in typed if name.startswith("autoencoder.") and name != "autoencoder.path")
     if of_latents and OmegaConf.select(cfg, "autoencoder.path") is None:
         raise UsageError(

@@ -88,9 +88,14 @@ def test_wrong_value_is_refused(override, fragments):
         assert fragment in message
 
 
-def test_suggestion_that_nothing_reads_warns():
-    with pytest.warns(UserWarning, match=r"recipe\.lr=1 .* optimizer\.lr"):
-        check_overrides("train", ["recipe.lr=1", "optimizer=sgd"])
+def test_setting_without_effect_warns():
+    for fragment, *overrides in (
+        (r"recipe\.lr=1 .* optimizer\.lr", "recipe.lr=1", "optimizer=sgd"),
+        (r"model\.num_heads=2 .* model\.num_head_channels=null", "model.num_heads=2"),
+        (r"model\.text=joint", "model=dit_tiny", "model.text=joint"),
+    ):
+        with pytest.warns(UserWarning, match=fragment):
+            check_overrides("train", overrides)
 
 
 @pytest.mark.parametrize(
