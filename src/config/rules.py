@@ -353,6 +353,9 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
         if "model.num_heads" in typed and (channels := OmegaConf.select(cfg, "model.num_head_channels")) is not None:
             other = f"model.num_head_channels={channels}; add model.num_head_channels=null"
             warnings.warn(f"{typed['model.num_heads']} has no effect with {other}", stacklevel=2)
+        if "trainer.max_steps" in typed and (count := cfg.trainer.get("fast_dev_run")):
+            fix = f"trainer.fast_dev_run={literal(count)}, which sets the number of steps"
+            warnings.warn(f"{typed['trainer.max_steps']} has no effect with {fix}", stacklevel=2)
         if "model.text" in typed and cfg.get("conditioning") is None:
             warnings.warn(f"{typed['model.text']} has no effect without conditioning=text or pretrained", stacklevel=2)
     of_latents = sorted(name for name in typed if name.startswith("autoencoder.") and name != "autoencoder.path")

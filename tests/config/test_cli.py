@@ -92,6 +92,7 @@ def test_setting_without_effect_warns():
     for fragment, *overrides in (
         (r"recipe\.lr=1 .* optimizer\.lr", "recipe.lr=1", "optimizer=sgd"),
         (r"model\.num_heads=2 .* model\.num_head_channels=null", "model.num_heads=2"),
+        (r"trainer\.max_steps=7 .*fast_dev_run=true", "debug=fast_dev_run", "trainer.max_steps=7"),
         (r"model\.text=joint", "model=dit_tiny", "model.text=joint"),
     ):
         with pytest.warns(UserWarning, match=fragment):
