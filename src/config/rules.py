@@ -277,7 +277,8 @@ def _example(name: str, default: Any, value: Any) -> str:
         if ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value)):
             sweep = f"-m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
             return f", such as {default}; for one job per value type {sweep}"
-    return f", such as {literal(default)}"
+    shown = re.sub(r"[' ]", "", str(default)) if isinstance(default, list) else default  # as it is typed
+    return f", such as {shown}"
 
 
 def _check_finite(name: str, default: Any, value: Any) -> None:
@@ -374,9 +375,7 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
                 "leave one out"
             )
         if of_analytic and not cfg.get("analytic"):
-            raise UsageError(
-                f"{typed[of_analytic[0]]} has no effect without analytic=mixture; leave it out, or add that"
-            )
+            raise UsageError(f"{typed[of_analytic[0]]} has no effect for a run; leave it out, or add analytic=mixture")
 
 
 def _check_task(typed: Mapping[str, str], cfg: DictConfig) -> None:
