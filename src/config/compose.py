@@ -43,7 +43,8 @@ def compose(
             message = f"{line} chooses a second {match[1]}; type {shell_word(line.lstrip('+'))} without the +"
         elif match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'(.*)", message):
             line = next((each for each in overrides if _key(each) == match[1]), match[1])
-            names = names or setting_names(hydra.compose(command))  # none yet if an option is wrong
+            if match[1] in groups:  # a group of another command, chosen before `names` are known
+                names = names or setting_names(hydra.compose(command))
             hint = key_hint(match[1], line.partition("=")[2] or "VALUE", names, groups)
             if match[1].startswith(("hydra.launcher", "hydra.sweeper")):
                 hint = "; choose its option first, as in hydra/launcher=slurm. --cfg hydra lists the settings"

@@ -3,6 +3,7 @@
 import fnmatch
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -275,7 +276,8 @@ def _example(name: str, default: Any, value: Any) -> str:
         if ends := re.fullmatch(r"(\d+)\.\.\.?(\d+)", str(value)):
             sweep = f"-m '{name}=range({ends[1]},{int(ends[2]) + 1})'"
             return f", such as {default}; for one job per value type {sweep}"
-    return f", such as {literal(default)}"
+    shown = re.sub(r"[' ]", "", str(default)) if isinstance(default, list) else default  # as it is typed
+    return f", such as {shown}"
 
 
 def _check_finite(name: str, default: Any, value: Any) -> None:
@@ -339,7 +341,7 @@ def check_required(
 
 
 def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) -> None:
-    """Raise UsageError if typed settings exclude each other or have no effect in the command.
+    """Raise UsageError or warn if typed settings exclude each other or have no effect in the command.
 
     `typed` has the override of each setting that is not null, by the name of the setting.
     """
@@ -348,6 +350,14 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
         raise UsageError(f"{typed[one]} and {typed[other]} exclude each other; leave one out, or type {other}=null")
     if command == "train":
         _check_task(typed, cfg)
+        if "model.num_heads" in typed and (channels := OmegaConf.select(cfg, "model.num_head_channels")) is not None:
+            other = f"model.num_head_channels={channels}; add model.num_head_channels=null"
+            warnings.warn(f"{typed['model.num_heads']} has no effect with {other}", stacklevel=2)
+        if "trainer.max_steps" in typed and (count := cfg.trainer.get("fast_dev_run")):
+            fix = f"trainer.fast_dev_run={literal(count)}, which sets the number of steps"
+            warnings.warn(f"{typed['trainer.max_steps']} has no effect with {fix}", stacklevel=2)
+        if "model.text" in typed and cfg.get("conditioning") is None:
+            warnings.warn(f"{typed['model.text']} has no effect without conditioning=text or pretrained", stacklevel=2)
     of_latents = sorted(name for name in typed if name.startswith("autoencoder.") and name != "autoencoder.path")
     if of_latents and OmegaConf.select(cfg, "autoencoder.path") is None:
         raise UsageError(
@@ -355,6 +365,11 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
         )
     if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
+    if command == "export" and cfg.get("format") != "diffusers":
+        for name in sorted(typed):
+            if name.split(".")[0] in ("guidance", "sampler"):
+                fix = "leave it out, or type format=diffusers"
+                raise UsageError(f"{typed[name]} has no effect with format={cfg.format}; {fix}")
     if command == "evaluate":
         others = sorted(n for n in typed if not re.match(r"hydra[./]|analytic|seed$", n))
         of_analytic = sorted(name for name in typed if name.startswith("analytic_"))
@@ -364,9 +379,7 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
                 "leave one out"
             )
         if of_analytic and not cfg.get("analytic"):
-            raise UsageError(
-                f"{typed[of_analytic[0]]} has no effect without analytic=mixture; leave it out, or add that"
-            )
+            raise UsageError(f"{typed[of_analytic[0]]} has no effect for a run; leave it out, or add analytic=mixture")
 
 
 def _check_task(typed: Mapping[str, str], cfg: DictConfig) -> None:

@@ -87,9 +87,15 @@ def test_wrong_value_is_refused(override, fragments):
         assert fragment in message
 
 
-def test_suggestion_that_nothing_reads_warns():
-    with pytest.warns(UserWarning, match=r"recipe\.lr=1 .* optimizer\.lr"):
-        check_overrides("train", ["recipe.lr=1", "optimizer=sgd"])
+def test_setting_without_effect_warns():
+    for fragment, *overrides in (
+        (r"recipe\.lr=1 .* optimizer\.lr", "recipe.lr=1", "optimizer=sgd"),
+        (r"model\.num_heads=2 .* model\.num_head_channels=null", "model.num_heads=2"),
+        (r"trainer\.max_steps=7 .*fast_dev_run=true", "debug=fast_dev_run", "trainer.max_steps=7"),
+        (r"model\.text=joint", "model=dit_tiny", "model.text=joint"),
+    ):
+        with pytest.warns(UserWarning, match=fragment):
+            check_overrides("train", overrides)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +145,7 @@ def test_refusal_repeats_the_typed_override():
         ("evaluate", "analytic=mixture", "run=FOLDER"),
         ("evaluate", "analytic_samples=20"),
         ("evaluate", "ema=[0.05,0.5]"),
+        ("export", "sampler=ddim"),
     ):
         with pytest.raises(UsageError) as error:
             check_overrides(command, [*overrides, refused])
