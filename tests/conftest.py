@@ -1,6 +1,5 @@
 """Shared by the tests: configurations composed as on the command line, and one small trained run."""
 
-import gc
 import os
 import tempfile
 from contextlib import nullcontext
@@ -15,11 +14,12 @@ from omegaconf import DictConfig
 from src.config import resolvers  # noqa: F401 - conf/ needs what it registers
 from src.config.search_path import CONF
 from src.diffusion.noise import NoiseLevel, NoiseSchedule, per_sample
+from tests.speed import speed_up
 
 # Tiny convolutions gain nothing from a second thread and become much slower beside other processes.
 torch.set_num_threads(1)
 
-gc.set_threshold(20_000, 20, 20)  # the default searches the many objects of imported modules for garbage all the time
+speed_up()
 
 os.environ["DIFFUSION_CACHE"] = tempfile.mkdtemp(prefix="diffusion-cache-")  # not the user's
 

@@ -4,6 +4,7 @@ A command has its own process, arguments, environment, folder and exit status, a
 must import by themselves, or be killed, are started with `subprocess`.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -86,6 +87,11 @@ def _become(words: list[str], cwd: str, environment: dict[str, str], files: list
 if __name__ == "__main__":
     import lightning.pytorch.callbacks  # noqa: F401
     import torchvision  # noqa: F401
+
+    from tests.speed import speed_up
+
+    speed_up()
+    gc.freeze()  # no fork searches, or copies, what is imported here
 
     while line := sys.stdin.readline():
         children = []

@@ -8,6 +8,7 @@ import os
 import sys
 
 from src.config.cli import launch
+from tests.speed import speed_up
 
 TASKS = {"schedules": "show_schedules", "dashboard": "show_dashboard", "doctor": "examine"}
 
@@ -30,4 +31,5 @@ def run(module: str, *words: str) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    speed_up()
     print("\n" + json.dumps([run(*words) for words in json.load(sys.stdin)]))
