@@ -366,6 +366,11 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
         )
     if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
+    if command == "export" and cfg.get("format") != "diffusers":
+        for name in sorted(typed):
+            if name.split(".")[0] in ("guidance", "sampler"):
+                fix = "leave it out, or type format=diffusers"
+                raise UsageError(f"{typed[name]} has no effect with format={cfg.format}; {fix}")
     if command == "evaluate":
         others = sorted(n for n in typed if not re.match(r"hydra[./]|analytic|seed$", n))
         of_analytic = sorted(name for name in typed if name.startswith("analytic_"))

@@ -126,7 +126,9 @@ def load_option(group: str, name: str) -> DictConfig:
 def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
     """Return the message for an option that a config group lacks."""
     new = FOREIGN_OPTIONS.get(f"{group}={option}")
-    new = new or next((f"{other}={option}" for other, names in config_groups().items() if option in names), None)
+    new = new or next(
+        (f"{other}={option}" for other, names in config_groups().items() if option in names and other != group), None
+    )
     hint = f"; type {new}. The" if new else "; the"
     if not new and (close := near_matches(option.lower().replace("-", "_"), options)):
         hint = f"; did you mean {close[0]}? The"

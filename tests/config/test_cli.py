@@ -146,6 +146,7 @@ def test_refusal_repeats_the_typed_override():
         ("evaluate", "analytic=mixture", "run=FOLDER"),
         ("evaluate", "analytic_samples=20"),
         ("evaluate", "ema=[0.05,0.5]"),
+        ("export", "sampler=ddim"),
     ):
         with pytest.raises(UsageError) as error:
             check_overrides(command, [*overrides, refused])
