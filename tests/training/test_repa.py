@@ -129,10 +129,11 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert_close(gradients[0], gradients[1])
 
 
-def test_compiled_network_has_equal_gradients():
+@for_each("make", [dit, unet])
+def test_compiled_network_has_equal_gradients(make):
     gradients, losses = [], []
     for compiled in (False, True):
-        module = module_of(dit(), encoder=Corners(), width=16)
+        module = module_of(make(), encoder=Corners(), width=16)
         if compiled:
             module.compiled_training = torch.compile(module.net, backend="aot_eager", dynamic=False)
         out = module.training_step(batch(), 0)
