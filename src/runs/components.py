@@ -120,10 +120,6 @@ def aligned(make_module: "Callable[..., DiffusionModule]", cfg: DictConfig) -> "
     if (path := OmegaConf.select(cfg, "autoencoder.path")) is not None:
         override = format_override("autoencoder.path", str(path))
         raise ValueError(f"{override} trains on latents, and repa=default needs images; leave one out")
-    if cfg.get("compile"):
-        raise ValueError(
-            f"compile={str(cfg.compile).lower()} excludes repa=default, whose hook it may skip; leave one out"
-        )
     settings = to_plain(cfg.repa)
     return functools.partial(AlignedModule, encoder=make_encoder(str(settings.pop("encoder"))), **settings)
 
