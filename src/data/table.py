@@ -234,7 +234,7 @@ class TableDataModule(BaseDataModule):
         widths = torch.tensor(self.widths)
         mean, scale = (each.repeat_interleave(widths) for each in (self.mean, self.scale))
         samples = ((encoded - mean) / scale).float()
-        if not (finite := samples.isfinite()).all():
+        if not (finite := samples.isfinite() & scale.isfinite()).all():
             row, value = (int(k) for k in (~finite).nonzero()[0])
             column = self.encoders[int(np.repeat(np.arange(len(self.widths)), self.widths)[value])]
             raise ValueError(

@@ -233,8 +233,9 @@ def _read_text(
     frame = pd.DataFrame(
         {name: pd.Series(list(cells), dtype=object) for name, cells in zip(names, columns, strict=True)}
     )
-    if decimal is None:  # in a comma-separated file, a comma in a number separates thousands
-        decimal = "." if found == "," else find_decimal(cell for row, _ in read[1:] for cell in row)
+    if decimal is None:
+        only_points = found == "," and not any("," in cell for row, _ in read[1:] for cell in row)
+        decimal = "." if only_points else find_decimal((cell for row, _ in read[1:] for cell in row), found)
     notes = [f"separator {found!r}"] if found != "," else []
     notes += ["decimal comma"] if decimal == "," else []
     if found == ";" and decimal == "." and (number := ambiguous_number(cell for row, _ in read[1:] for cell in row)):

@@ -75,18 +75,22 @@ def find_separator(text: str) -> str:
     return chosen
 
 
-def find_decimal(cells: Iterable[str]) -> str:
-    """Return the decimal sign, "," or ".", of most cells with a fraction.
+def find_decimal(cells: Iterable[str], separator: str = ";") -> str:
+    """Return the decimal sign, "," or ".", of most cells whose fraction cannot be a group of thousands.
 
-    If every comma precedes three digits, as in 1,234, it is a decimal comma unless other cells have a decimal point.
+    Without such cells, the comma of numbers such as 1,234 is decimal unless others are like 1.234, or commas separate
+    the cells of the file.
     """
-    comma = point = groups = 0
+    comma = point = comma_groups = point_groups = 0
     for cell in cells:
         if "," in cell or "." in cell:
-            groups += (group := _THOUSANDS.fullmatch(cell) is not None)
+            comma_groups += (group := _THOUSANDS.fullmatch(cell) is not None)
             comma += not group and _COMMA_DECIMAL.fullmatch(cell) is not None
-            point += _POINT_DECIMAL.fullmatch(cell) is not None
-    return "," if comma > point or (groups and not point) else "."
+            point_groups += (group := _POINT_GROUPS.fullmatch(cell) is not None)
+            point += not group and _POINT_DECIMAL.fullmatch(cell) is not None
+    if comma or point:
+        return "," if comma > point else "."
+    return "," if comma_groups and not point_groups and separator != "," else "."
 
 
 def ambiguous_number(cells: Iterable[str]) -> str | None:
@@ -106,10 +110,10 @@ def to_number(cell: str, decimal: str = ".") -> float | None:
     if _SPACED.fullmatch(cell):
         cell = re.sub(f"[{_SPACES}]", "", cell)
     if decimal == ",":
-        if "." in cell and not re.fullmatch(r"[+-]?\d{1,3}(\.\d{3})+(,\d+)?", cell):
+        if "." in cell and not re.fullmatch(r"[+-]?[1-9]\d{0,2}(\.\d{3})+(,\d+)?", cell):
             return None
         cell = cell.replace(".", "").replace(",", ".")
-    elif "," in cell and re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", cell):
+    elif "," in cell and re.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", cell):
         cell = cell.replace(",", "")
     try:
         return None if "_" in cell else float(cell)

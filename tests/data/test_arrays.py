@@ -158,7 +158,7 @@ def test_files_of_either_byte_order_are_read(tmp_path):
 def test_the_arrays_of_files_are_named(tmp_path):
     for k in range(6):
         np.savez(tmp_path / f"{k}.npz", image=ramp(1, 5) + k, label=k)
-    with pytest.raises(DataReadError, match=r"image, label; set data\.source\.key=image"):
+    with pytest.raises(DataReadError, match=r"image, label.*data\.source\.key=image"):
         module(tmp_path)
     assert opened(tmp_path, source_key="image", cache_dir=str(tmp_path / "cache")).shape == (1, 5)
 
@@ -297,7 +297,8 @@ def test_mp3_is_read_and_returns_without_loss(tmp_path):
         soundfile.write(tmp_path / f"{k}.mp3", np.sin(np.arange(4000) * 0.05 * (k + 1)) / 2, 16000)
     data = opened(tmp_path, cache_dir=str(tmp_path / "cache"))
     values = data.source.fetch(range(3))
-    assert np.array_equal(values[1, 0].numpy(), soundfile.read(tmp_path / "1.mp3", dtype="float32")[0])
+    original = soundfile.read(tmp_path / "1.mp3", dtype="float32")[0]
+    assert np.abs(values[1, 0].numpy() - original).max() < 1e-4  # decoders need not agree in the last bits
     (tmp_path / "out").mkdir()
     write_arrays(tmp_path / "out", data.denormalize(data.preprocess(values)).numpy(), data)
     assert np.abs(soundfile.read(tmp_path / "out" / "00001.wav")[0] - values[1, 0].numpy()).max() < 1e-6

@@ -240,7 +240,7 @@ def test_names_that_cannot_be_printed_are_escaped(tmp_path):
 def test_an_empty_root_is_not_the_working_folder(tmp_path, monkeypatch, root):
     save(tmp_path, "1.png", "2.png")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^data\.root="):
+    with pytest.raises(FileNotFoundError, match=r"data\.root="):
         find(root)
 
 

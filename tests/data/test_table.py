@@ -168,6 +168,7 @@ def test_invalid_columns_raise(tmp_path, settings, message):
         ('a,b\n1,"2\n', "is not a CSV file"),
         ("a,b\n1,2\n1,2\n", "a (constant '1'), b (constant '2')"),
         ("a,b\n1,0e-310\n3,4e-310\n5,1e-310\n", "line 2: column 'b' is '0e-310', which has no finite code"),
+        ("a,b\n1,1e300\n3,4e300\n5,-2e300\n", "line 2: column 'b' is '1e300', which has no finite code"),
     ],
 )
 def test_invalid_cells_raise_with_line_and_column(tmp_path, contents, message):

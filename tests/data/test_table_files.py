@@ -59,6 +59,16 @@ def test_the_decimal_sign_is_that_of_most_fractions():
     assert find_decimal(["1.234,5", "7"]) == ","
     assert find_decimal(["1,234", "12,345,678", "0.5"]) == "."
     assert find_decimal(["a,b", "1", "2"]) == "."
+    assert find_decimal(["1.000", "2.137", "0,637"]) == ","  # no group of thousands begins with 0
+    assert find_decimal(["1.234", "0.637", "1,234"]) == "."
+    assert [find_decimal(["1,234", "5,678"], separator) for separator in ";,"] == [",", "."]
+
+
+def test_quoted_cells_may_have_a_decimal_comma(tmp_path):
+    table = read(tmp_path / "a.csv", 'x,y\n"0,637",1\n"1,250",2\n"12,500",3\n')
+    assert table.decimal == "," and [to_number(cell, ",") for cell in table.column("x")] == [0.637, 1.25, 12.5]
+    table = read(tmp_path / "b.csv", 'x,y\n"1,637",0.5\n"1,250",2.5\n')
+    assert table.decimal == "." and [to_number(cell) for cell in table.column("x")] == [1637, 1250]
 
 
 def test_numbers_have_either_decimal_sign_and_thousands():
@@ -68,6 +78,8 @@ def test_numbers_have_either_decimal_sign_and_thousands():
         ("-0,25", ",", -0.25),
         ("1e-3", ".", 0.001),
         ("1,5", ".", None),
+        ("0,637", ".", None),
+        ("0.637", ",", None),
         ("1.5", ",", None),
         ("1_000", ".", None),
         ("12.5.2020", ",", None),
