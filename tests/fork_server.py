@@ -90,7 +90,7 @@ if __name__ == "__main__":
 
     from tests.speed import speed_up
 
-    speed_up()
+    speed_up()  # in each fork too
     gc.freeze()  # no fork searches, or copies, what is imported here
 
     while line := sys.stdin.readline():

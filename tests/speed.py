@@ -20,10 +20,14 @@ def speed_up() -> None:
     parsed: dict[tuple[str, str], Any] = {}
 
     def load_once(stream: Any, Loader: type) -> Any:
-        text = stream.read() if hasattr(stream, "read") else stream
+        text = stream
+        if hasattr(stream, "read"):
+            start = stream.tell()
+            text = stream.read()
+            stream.seek(start)
         key = text, Loader.__qualname__  # OmegaConf makes a new class for each file
         if key not in parsed:
-            parsed[key] = load(text, Loader)
+            parsed[key] = load(stream, Loader)  # whose name an error has
         return deepcopy(parsed[key])
 
     yaml.load = load_once
