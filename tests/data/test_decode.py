@@ -20,7 +20,7 @@ from src.data import pixel_store
 from src.data.archives import open_member, tar_places
 from src.data.captions import captioned
 from src.data.decode import decode
-from src.data.fit import ImageSpec, infer_range, load_image
+from src.data.fit import ImageSpec, infer_range, load_image, warn_of_outliers
 from src.data.folder import folder
 from src.data.scan import find_images
 from src.errors import DataReadError
@@ -185,6 +185,12 @@ def test_a_few_outliers_bring_a_warning(tmp_path):
         folder(str(tmp_path), SHAPE, 30, value_range=[0, 1000])
         (tmp_path / "0.npy").unlink()
         folder(str(tmp_path), SHAPE, 30)
+
+
+def test_outliers_of_samples_beyond_the_memory_bring_a_warning():
+    samples = np.broadcast_to(uniform(1000, dtype="float32", high=9), (3, 10**6, 10**6, 1000))
+    with pytest.warns(UserWarning, match=r"data\.value_range=\["):
+        warn_of_outliers(samples, (0, 1000))
 
 
 def test_pixels_without_data_are_refused():
