@@ -31,7 +31,7 @@ from tests.conftest import TINY, compose, train_tiny
 from tests.fork_server import run_ranks
 
 QUICK = ["validate_every=100", "callbacks.samples=null", "callbacks.bits_per_dim=null", "neighbors.num_samples=0"]
-ADAMW = ("*_in.*", "*_out.*", "time.*", "noise.*", "condition.*")
+ADAMW = ("*_in.*", "*_out.*", "time.*", "noise.*", "augment.*", "condition.*")
 
 
 def condition(dim: int) -> ClassEmbedding:
