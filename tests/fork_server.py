@@ -85,8 +85,14 @@ def _become(words: list[str], cwd: str, environment: dict[str, str], files: list
 
 
 if __name__ == "__main__":
-    import lightning.pytorch.callbacks  # noqa: F401
-    import torchvision  # noqa: F401
+    # What each command would import by itself takes as long as a short training run.
+    import hydra.main  # noqa: F401
+    import pandas  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+    import torch.utils.tensorboard  # noqa: F401
+    import torchvision.transforms.v2  # noqa: F401
+
+    import src.training.module  # noqa: F401
 
     from tests.speed import speed_up
 

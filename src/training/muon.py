@@ -13,7 +13,7 @@ from src.training.finetuning import match_names
 
 AdjustLr = Literal["match_rms_adamw", "original", "spectral_unclamped"]
 
-OUTER = ("*_in.*", "*_out.*", "time.*", "noise.*", "condition.*")
+OUTER = ("*_in.*", "*_out.*", "time.*", "noise.*", "augment.*", "condition.*")
 """Names of first and last layers and embeddings in this project's networks; not each network has all."""
 
 

@@ -127,7 +127,7 @@ def test_a_run_stores_the_inferred_settings(tmp_path):
         ),
         ({"columns": ["height", "height"]}, "'height' is in data.columns twice"),
         ({"condition_columns": ["day"], "label": "day"}, "both data.condition_columns and data.label"),
-        ({"columns": ["code"]}, "line 2: column 'code' is 'x0'"),
+        ({"columns": ["code"]}, "line 2: column 'code'"),
         ({"columns": ["code"]}, 'add "data.types={code: category}"'),
         ({"condition_columns": ["code"]}, "line 2: column 'code' is 'x0'"),
         ({"condition_columns": ["height", "weight", "day", "kind"]}, "no column to model among code"),

@@ -107,7 +107,12 @@ def tiny_data(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[
         monkeypatch.setattr(kanji, "svg_files", lambda: some)
         few = emoji.sequences()[::20]
         monkeypatch.setattr(emoji, "sequences", lambda: few)
-        return [f"data.root={folder}", "data.source.held_out=0", "data.batch_size=4", "data.val_fraction=0.2"]
+        encoder = []
+        if name == "emoji_latent":
+            from tests.runs.test_latents import save_vae
+
+            encoder = [f"autoencoder={save_vae(folder / 'vae', channels=3)}"]
+        return [*encoder, f"data.root={folder}", "data.source.held_out=0", "data.batch_size=4", "data.val_fraction=0.2"]
     if name == "shapes_text":
         return ["data.source.num_samples=100", "data.batch_size=4", "data.val_fraction=0.2"]
     return {"digits": [], "digits_class": [], "moons": ["data.num_samples=600"]}[name]
@@ -135,7 +140,8 @@ def test_recipes_train_two_steps_on_tiny_data(name, tmp_path, monkeypatch):
     assert (folder / "samples" / "step_000002.png").exists()
     assert not (folder / "nonfinite.jsonl").exists()
     saved = read_checkpoint(folder / "checkpoints" / "last.ckpt")
-    assert saved["hyper_parameters"]["diffusion"] == OmegaConf.to_container(full.diffusion, resolve=True)
+    of_latents = {"clip_x0": None, "sigma_data": 1.0} if name == "emoji_latent" else {}
+    assert saved["hyper_parameters"]["diffusion"] == {**OmegaConf.to_container(full.diffusion), **of_latents}
     output = {"moons": "linear_out", "emoji_autoencoder": "decoder.1.conv2"}.get(name, "conv_out")
     assert saved["state_dict"][f"net.{output}.weight"].any()  # It starts at 0.
 

@@ -32,7 +32,7 @@ from tests.conftest import TINY, compose, train_tiny
 from tests.fork_server import run_ranks
 
 QUICK = ["validate_every=100", "callbacks.samples=null", "callbacks.bits_per_dim=null", "neighbors.num_samples=0"]
-ADAMW = ("*_in.*", "*_out.*", "time.*", "noise.*", "condition.*")
+ADAMW = ("*_in.*", "*_out.*", "time.*", "noise.*", "augment.*", "condition.*")
 
 
 def condition(dim: int) -> ClassEmbedding:
@@ -78,7 +78,7 @@ def test_muon_gets_no_layer_next_to_data_or_latents():
     networks = [
         UNet(5, 8, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), augment_labels=9),
         UNetEDM2(5, 8, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_head_channels=8),
-        DiT(5, 8, hidden_size=16, depth=1, num_heads=2, bottleneck=6, shared_modulation=True),
+        DiT(5, 8, hidden_size=16, depth=1, num_heads=2, activation="gelu", bottleneck=8),
         MLP(5),
         KLAutoencoder(5, 8, latent_channels=3, model_channels=8, channel_mult=(1, 2), num_res_blocks=1),
     ]
