@@ -195,10 +195,11 @@ def test_outliers_of_samples_beyond_the_memory_bring_a_warning():
 
 def test_pixels_without_data_are_refused():
     """The tag of GDAL names their value, which is not a measurement; 0 is black in many images."""
-    values = np.where(FLOATS[..., 0] < 0.1, -9999, FLOATS[..., 0]).astype("float32")
-    tag = {"extratags": [(42113, "s", 0, "-9999", True)]}
-    with pytest.raises(ValueError, match="GDAL_NODATA=-9999"):
-        decode(io.BytesIO(tiff(values, **tag)))
+    for text in ("-9999", "-3.4028234663852886e+38"):
+        values = np.where(FLOATS[..., 0] < 0.1, float(text), FLOATS[..., 0]).astype("float32")
+        tag = {"extratags": [(42113, "s", 0, text, True)]}
+        with pytest.raises(ValueError, match="GDAL_NODATA=-"):
+            decode(io.BytesIO(tiff(values, **tag)))
     assert np.array_equal(decode(io.BytesIO(tiff(FLOATS[..., 0], **tag))).pixels, FLOATS)
     zero = {"extratags": [(42113, "s", 0, "0", True)]}
     assert np.array_equal(decode(io.BytesIO(tiff(FLOATS[..., 0], **zero))).pixels, FLOATS)
