@@ -120,6 +120,9 @@ def aligned(make_module: "Callable[..., DiffusionModule]", cfg: DictConfig) -> "
     if (path := OmegaConf.select(cfg, "autoencoder.path")) is not None:
         override = format_override("autoencoder.path", str(path))
         raise ValueError(f"{override} trains on latents, and repa=default needs images; leave one out")
+    if cfg.get("compile") and cfg.model.get("gradient_checkpointing"):  # The compiler leaves out hooks in it.
+        override = format_override("compile", cfg.compile)
+        raise ValueError(f"{override} excludes model.gradient_checkpointing=true with repa=default; leave one out")
     settings = to_plain(cfg.repa)
     return functools.partial(AlignedModule, encoder=make_encoder(str(settings.pop("encoder"))), **settings)
 

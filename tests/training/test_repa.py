@@ -231,6 +231,12 @@ def test_two_processes_equal_one(aligned, tmp_path):
         "vector": ("repa.layer=time", (1, 8, 8), "repa.layer=time", "block"),
         "encoder": ("repa.encoder=nowhere", (1, 8, 8), "repa.encoder=nowhere", "efficientnet"),
         "schedule": ("schedule=learned loss=vlb", (1, 8, 8), "repa=default", "schedule=learned"),
+        "compile": (
+            "compile=true model.gradient_checkpointing=true",
+            (1, 8, 8),
+            "compile=true",
+            "gradient_checkpointing",
+        ),
         "latents": ("+autoencoder.path=folder", (1, 8, 8), "autoencoder.path=folder", "repa=default"),
     },
 )
