@@ -54,7 +54,8 @@ def usage_errors() -> Iterator[None]:
         # Hydra wraps the error of a constructor into an InstantiationException.
         cause = error.__cause__ if type(error).__name__ == "InstantiationException" and error.__cause__ else error
         message = " ".join(str(cause).split())
-        message = re.sub(r"=\[[^\]]*\]", lambda match: match[0].replace(", ", ","), message)  # lists as they are typed
+        # Numbers in lists as they are typed; a text in quotes may have a comma and a space itself.
+        message = re.sub(r"=\[[^\]'\"]*\]", lambda match: match[0].replace(", ", ","), message)
         if isinstance(cause, TypeError):
             message = f"a setting has a value of the wrong type ({message}); HYDRA_FULL_ERROR=1 shows which"
         raise UsageError(message) from error

@@ -93,7 +93,6 @@ if __name__ == "__main__":
     import torchvision.transforms.v2  # noqa: F401
 
     import src.training.module  # noqa: F401
-
     from tests.speed import speed_up
 
     speed_up()  # in each fork too

@@ -238,6 +238,14 @@ def _from_tiff(stream: BinaryIO, pages: Pages) -> Decoded:
     return decoded if one else decoded._replace(frames=count)
 
 
+def _nodata(page: Any) -> float:
+    """Return the value of pixels without data, or 0. That of tifffile is 0 for the lowest float, GDAL's usual one."""
+    try:
+        return float(str(page.tags["GDAL_NODATA"].value).strip("\0 "))
+    except (KeyError, ValueError):
+        return 0.0
+
+
 def _stacked(axes: str) -> list[int]:
     """Return the positions of the axes of a TIFF that are neither pixels nor channels."""
     return [k for k, axis in enumerate(axes) if axis not in "YXSC"]
@@ -254,9 +262,9 @@ def _tiff_frames(tiff: "TiffFile", as_channels: bool = False) -> Iterator[Decode
         rgb = page.photometric == PHOTOMETRIC.RGB and page.samplesperpixel == 3 + alpha
         order = [*_stacked(axes), *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
         inverted = page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u"
-        if page.nodata and (array == page.nodata).any():
+        if (missing := _nodata(page)) and (array == missing).any():
             raise ValueError(
-                f"some of its pixels have no data (GDAL_NODATA={page.nodata:g}); fill them in, or remove the tag"
+                f"some of its pixels have no data (GDAL_NODATA={missing:g}); fill them in, or remove the tag"
             )
         array = array.transpose(order)
         frames = 1 if as_channels else math.prod(array.shape[: len(_stacked(axes))])

@@ -268,15 +268,28 @@ def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, hig
     return limits
 
 
+MAX_EXAMINED = 200_000
+"""Values that `warn_of_outliers` examines."""
+
+
 def warn_of_outliers(pixels: Array, limits: tuple[float, float]) -> None:
     """Warn if all but 0.2% of the values of evenly spaced samples (N, ...) use little of the range `limits`.
 
-    Data of 8 bits are not examined: they may be masks, or drawings with few strokes.
+    Of large samples, random values are examined: 64 volumes may exceed the memory. Data of 8 bits are not examined:
+    they may be masks, or drawings with few strokes.
     """
     if pixels.dtype.itemsize == 1:
         return
     chosen = np.linspace(0, len(pixels) - 1, min(len(pixels), 64)).astype(int)
-    low, high = np.quantile(pixels[chosen] if pixels.ndim > 1 else pixels[:1_000_000], [0.001, 0.999]).tolist()
+    size, count = math.prod(pixels.shape[1:]), MAX_EXAMINED // len(chosen)
+    if pixels.ndim == 1:
+        values = pixels[:MAX_EXAMINED]
+    elif size <= count:
+        values = pixels[chosen]
+    else:
+        places = np.sort(np.random.default_rng(0).integers(size, size=(len(chosen), count)))
+        values = pixels[chosen[:, None], *np.unravel_index(places, pixels.shape[1:])]
+    low, high = np.quantile(values, [0.001, 0.999]).tolist()
     if 0 < high - low < MIN_USE * (limits[1] - limits[0]):
         warnings.warn(
             f"99.8% of the values lie in [{low:g}, {high:g}], which is {(high - low) / (limits[1] - limits[0]):.1%} of "

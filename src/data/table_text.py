@@ -54,8 +54,11 @@ def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str
 
 
 def _is_foreign(text: str) -> bool:
-    """Return whether a text seems to be wrongly decoded: Western words do not have four special letters in a row."""
-    return any(len(set(run)) > 1 for run in re.findall(r"[^\0-\x7f]{4,}", text))
+    """Return whether a text seems to be wrongly decoded: Western words do not have four special letters in a row.
+
+    Punctuation, as in …”—“, is no sign of it.
+    """
+    return any(len(set(filter(str.isalpha, run))) > 1 for run in re.findall(r"[^\0-\x7f]{4,}", text))
 
 
 def find_separator(text: str) -> str:

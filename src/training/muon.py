@@ -21,9 +21,10 @@ class MuonAdamW(Optimizer):
     """Update weight matrices of hidden layers by Muon and the other parameters by AdamW, both of torch.
 
     Muon replaces the momentum of a matrix by its nearest orthogonal matrix. It gets the parameters in a group's
-    "matrices", a dictionary of parameters and their names (see `TrainingModule.hidden_matrices`), or all of a group
-    without it, except names that match a shell pattern in `adamw`: the first and the last layer, and the embeddings of
-    time and condition. A convolution's kernel (out, in, *size) counts as a matrix (out, in * size).
+    "matrices", a dictionary of parameters and their names (see `TrainingModule.hidden_matrices`), except names that
+    match a shell pattern in `adamw`: the first and the last layer, and the embeddings of time and condition. If no
+    group has "matrices", it gets all parameters with two or more dimensions. A convolution's kernel (out, in, *size)
+    counts as a matrix (out, in * size).
 
     `adjust_lr_fn` scales Muon's learning rate for each matrix (A, B). "match_rms_adamw", 0.2 sqrt(max(A, B)), makes its
     updates as large as AdamW's, so that one learning rate and one weight decay suit both. "original" is
@@ -53,13 +54,14 @@ class MuonAdamW(Optimizer):
         if not 1 <= ns_steps < 100:
             raise ValueError(f"optimizer.ns_steps={ns_steps} must be in [1, 99]: 5 is usual")
         params = list(params)
+        named = any("matrices" in group for group in params)
         if known := [name for group in params for name in group.get("matrices", {}).values()]:
             typed = [pattern for pattern in adamw if pattern not in OUTER]
             match_names(known, typed, "optimizer.adamw", "weight matrix of a hidden layer")
         hidden, others = [], []
         for group in params:
             settings = {name: value for name, value in group.items() if name not in ("params", "matrices")}
-            names = group.get("matrices", {p: "" for p in group["params"] if p.ndim > 1})
+            names = group.get("matrices", {} if named else {p: "" for p in group["params"] if p.ndim > 1})
             matrices = {p for p in group["params"] if p in names and not _matches(names[p], adamw)}
             hidden.append({**settings, "params": [p for p in group["params"] if p in matrices]})
             others.append({**settings, "params": [p for p in group["params"] if p not in matrices]})

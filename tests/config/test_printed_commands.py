@@ -17,7 +17,7 @@ from src.config.overrides import check_overrides
 from src.config.resume import check_unused, expand_resume
 from src.config.sweeps import CompareRuns
 from src.config.words import last_value, parsed, split_arguments
-from src.errors import UsageError, command, format_override, literal
+from src.errors import UsageError, command, format_override, literal, usage_errors
 from src.export import export
 from src.runs import out_of_memory
 from src.runs.build import build, close_run
@@ -86,6 +86,13 @@ def test_quoted_values_keep_their_type():
 def test_plain_paths_get_no_quotes():
     for path in ("outputs/train/2026-01-01_10-00-00", "a-b.c+d@e%f", "/x/007"):
         assert format_override("run", Path(path)) == f"run={path}"
+
+
+def test_texts_in_refusals_stay_as_typed():
+    override = format_override("data.columns", ["a, b", "c"])
+    with pytest.raises(UsageError) as error, usage_errors():
+        raise ValueError(f"{override} must differ; betas=[0.9, 2]")
+    assert override in str(error.value) and "betas=[0.9,2]" in str(error.value)
 
 
 def test_last_value_reads_every_override_form():

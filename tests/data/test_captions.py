@@ -88,8 +88,8 @@ def test_texts_in_other_encodings_are_refused(tmp_path, encoding, text):
         (tmp_path / f"{name}.txt").write_bytes(text.encode(encoding))
     assert "a.txt" in refused(tmp_path) and "UTF-8" in refused(tmp_path)
     for name in "ab":
-        (tmp_path / f"{name}.txt").write_bytes("« Où êtes-vous, Zoë ? » ÉÉÉÉ\rtwo".encode("cp1252"))
-    assert opened(tmp_path).captions == [["« Où êtes-vous, Zoë ? » ÉÉÉÉ", "two"]] * 2
+        (tmp_path / f"{name}.txt").write_bytes("« Où êtes-vous, Zoë ? » ÉÉÉÉ…”—“\rtwo".encode("cp1252"))
+    assert opened(tmp_path).captions == [["« Où êtes-vous, Zoë ? » ÉÉÉÉ…”—“", "two"]] * 2
 
 
 @pytest.mark.parametrize("text", [{"en": "cat"}, [{"text": "cat"}]])

@@ -20,7 +20,7 @@ from src.data import pixel_store
 from src.data.archives import open_member, tar_places
 from src.data.captions import captioned
 from src.data.decode import decode
-from src.data.fit import ImageSpec, infer_range, load_image
+from src.data.fit import ImageSpec, infer_range, load_image, warn_of_outliers
 from src.data.folder import folder
 from src.data.scan import find_images
 from src.errors import DataReadError
@@ -187,12 +187,19 @@ def test_a_few_outliers_bring_a_warning(tmp_path):
         folder(str(tmp_path), SHAPE, 30)
 
 
+def test_outliers_of_samples_beyond_the_memory_bring_a_warning():
+    samples = np.broadcast_to(uniform(1000, dtype="float32", high=9), (3, 10**6, 10**6, 1000))
+    with pytest.warns(UserWarning, match=r"data\.value_range=\["):
+        warn_of_outliers(samples, (0, 1000))
+
+
 def test_pixels_without_data_are_refused():
     """The tag of GDAL names their value, which is not a measurement; 0 is black in many images."""
-    values = np.where(FLOATS[..., 0] < 0.1, -9999, FLOATS[..., 0]).astype("float32")
-    tag = {"extratags": [(42113, "s", 0, "-9999", True)]}
-    with pytest.raises(ValueError, match="GDAL_NODATA=-9999"):
-        decode(io.BytesIO(tiff(values, **tag)))
+    for text in ("-9999", "-3.4028234663852886e+38"):
+        values = np.where(FLOATS[..., 0] < 0.1, float(text), FLOATS[..., 0]).astype("float32")
+        tag = {"extratags": [(42113, "s", 0, text, True)]}
+        with pytest.raises(ValueError, match="GDAL_NODATA=-"):
+            decode(io.BytesIO(tiff(values, **tag)))
     assert np.array_equal(decode(io.BytesIO(tiff(FLOATS[..., 0], **tag))).pixels, FLOATS)
     zero = {"extratags": [(42113, "s", 0, "0", True)]}
     assert np.array_equal(decode(io.BytesIO(tiff(FLOATS[..., 0], **zero))).pixels, FLOATS)

@@ -25,10 +25,11 @@ from tests.runs.test_runs import assert_equal_bits, weights
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global AlignedModule, DiffusionModule, Sampler, build_module, open_run, warmup
+    global AlignedModule, DiffusionModule, MuonAdamW, Sampler, build_module, open_run, warmup
     from src.runs.components import build_module
     from src.runs.open import open_run
     from src.training.module import DiffusionModule
+    from src.training.muon import MuonAdamW
     from src.training.optim import warmup
     from src.training.repa import AlignedModule
     from src.training.sampling import Sampler
@@ -144,6 +145,13 @@ def test_compiled_network_has_equal_gradients(make):
         assert "repa" not in module.training_step(batch(), 0)["terms"]
     assert_close(losses[1], losses[0])
     assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_muon_leaves_the_projection_to_adamw():
+    module = module_of(dit(), encoder=Corners(), width=16)
+    optimizer = MuonAdamW(module.parameter_groups())
+    muon = {id(p) for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
+    assert muon and muon.isdisjoint(map(id, module.projection_weights))
 
 
 def test_encoder_is_not_called_after_the_last_step(monkeypatch):
