@@ -11,9 +11,10 @@ import torch
 from torch.testing import assert_close
 
 from src.errors import UsageError
+from src.runs.build import build
 from src.runs.open import open_run
 from src.training.checkpoints import read_checkpoint
-from tests.conftest import compose, train_tiny
+from tests.conftest import TINY, compose, train_tiny
 from tests.fork_server import run_python
 from tests.loops import for_each
 from tests.runs.test_runs import assert_equal_bits, runs_until, weights
@@ -174,11 +175,11 @@ def test_stopped_run_resumes_to_the_same_averages(tracked, tmp_path, monkeypatch
     assert [path.read_bytes() for _, path in stopped] == [path.read_bytes() for _, path in whole]
 
 
-def test_resumed_run_keeps_its_lengths(tracked, tmp_path):
-    checkpoint = read_checkpoint(tracked[0] / "checkpoints" / "last.ckpt")
-    callback = PowerEMA(str(tmp_path), [0.05, 0.2])
-    with pytest.raises(ValueError, match=r"power_ema\.lengths=\[0\.05,0\.2\] must stay \[0\.05,0\.1\]"):
-        callback.restore(None, None, checkpoint)  # type: ignore[arg-type]
+def test_resumed_run_keeps_its_lengths(tracked):
+    """It is refused before `fit`."""
+    settings = [*TINY, *SETTINGS[1:], "trainer.max_steps=14", f"resume='{tracked[0]}'", f"run_dir='{tracked[0]}'"]
+    with pytest.raises(ValueError, match=r"power_ema\.lengths=\[0\.05,0\.2\]"):
+        build(compose("train", *settings, "callbacks.power_ema.lengths=[0.05,0.2]"))
 
 
 def test_commands_write_sample_and_evaluate_averages(tracked, tmp_path):
