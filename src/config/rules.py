@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -136,6 +137,12 @@ OPTIONAL = ("neighbors", "guidance")
 SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root", "ema", "length")
 """Settings that also accept a list or a number, whatever their default; their constructors check the type."""
 
+LENGTHS = ("ema", "length")
+"""Settings that also accept a list of numbers, the lengths of averages."""
+
+PATHS = ("run", "ckpt", "init_from.path", "autoencoder.path", "autoencoder", "encoder", "guidance.model", "data.root")
+"""Settings that name a file, a folder or a model of the Hub, with null for none."""
+
 WORDS = {"data.source.class_depth": ("all",)}
 """Words that a setting accepts besides values of its default's type."""
 
@@ -177,8 +184,15 @@ DIFFUSION_ONLY = (
 AUTOENCODER_TARGETS = {
     "model": "src.models.autoencoder.KLAutoencoder",
     "loss": "src.training.autoencoder.AutoencoderLoss",
+    "callbacks.reconstructions": "src.training.callbacks.reconstructions.Reconstructions",
 }
-"""Network and loss of `task=autoencoder`."""
+"""Network, loss and callback of `task=autoencoder`."""
+
+DIFFUSION_CALLBACKS = (
+    *("src.training.callbacks.samples.SampleGrid", "src.training.callbacks.loss_by_noise.LossByNoise"),
+    *("src.evaluation.callbacks.BitsPerDim", "src.evaluation.callbacks.Quality"),
+)
+"""Callbacks that `task=autoencoder` does not have."""
 
 LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
@@ -233,11 +247,16 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
         return
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
+    if isinstance(value, bool) and name in PATHS:
+        shown = f"{name.removesuffix('.path')}={literal(value)}"
+        raise UsageError(f"{shown} must be a path or a name of the Hub; type {name.removesuffix('.path')}=FOLDER")
     _check_finite(name, default, value)
     default = EXAMPLES.get(name, default) if default is None else default
     if isinstance(default, dict) and isinstance(value, str) and name in CHOICES:  # `check_value` has the choices
         return
-    if (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
+    if name in LENGTHS and isinstance(value, list):
+        default = [0.05, 0.1]
+    elif (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
         return
     if value is None and isinstance(default, str):
         raise UsageError(f"{name}=null must have a value, such as {default}")
@@ -349,7 +368,10 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
     if {one, other} <= typed.keys():
         raise UsageError(f"{typed[one]} and {typed[other]} exclude each other; leave one out, or type {other}=null")
     if command == "train":
-        _check_task(typed, cfg)
+        check_task(cfg, typed)
+        if OmegaConf.select(cfg, "model._target_") == "src.models.mlp.MLP" and "image_size" in cfg.data:
+            line, data = typed.get("model", "model=mlp"), typed.get("data", "these data")
+            raise UsageError(f"{line} needs points or rows, unlike {data}; choose model=unet_tiny, for example")
         if "model.num_heads" in typed and (channels := OmegaConf.select(cfg, "model.num_head_channels")) is not None:
             other = f"model.num_head_channels={channels}; add model.num_head_channels=null"
             warnings.warn(f"{typed['model.num_heads']} has no effect with {other}", stacklevel=2)
@@ -382,21 +404,29 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
             raise UsageError(f"{typed[of_analytic[0]]} has no effect for a run; leave it out, or add analytic=mixture")
 
 
-def _check_task(typed: Mapping[str, str], cfg: DictConfig) -> None:
-    """Raise UsageError for settings of src.train that the task does not have."""
+def check_task(cfg: DictConfig, typed: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raise UsageError for settings of src.train that the task does not have. Messages repeat the `typed` overrides."""
     is_autoencoder = cfg.get("task") == "autoencoder"
-    for name, target in AUTOENCODER_TARGETS.items():
-        found = str(OmegaConf.select(cfg, f"{name}._target_"))
-        line = typed.get(name) or typed.get("experiment") or f"{name}._target_={found}"
-        if is_autoencoder and found.startswith("src.") and found != target:
+    nodes = {"model": cfg.model, "loss": cfg.loss}
+    nodes |= {f"callbacks.{name}": node for name, node in (cfg.get("callbacks") or {}).items()}
+    for name, node in nodes.items():
+        target = str(node.get("_target_")) if isinstance(node, DictConfig) else ""
+        line = typed.get(name) or typed.get("experiment") or f"{name}._target_={target}"
+        if name.startswith("callbacks.") and "callbacks" in typed:
+            line = f"{name} of {typed['callbacks']}"
+        own = AUTOENCODER_TARGETS.get(name)
+        of_diffusion = target in DIFFUSION_CALLBACKS if own is None else target.startswith("src.") and target != own
+        if is_autoencoder and of_diffusion:
             raise UsageError(f"{line} is for diffusion models; leave it out, or task=autoencoder")
-        if not is_autoencoder and found == target:
+        if not is_autoencoder and target in AUTOENCODER_TARGETS.values():
             raise UsageError(f"{line} is for autoencoders; add task=autoencoder")
     if not is_autoencoder:
         return
-    for name in sorted(typed):
+    composed = {"repa": "repa=default"} if cfg.get("repa") else {}
+    composed |= {"data.coupling": "data.coupling=ot"} if cfg.data.get("coupling") == "ot" else {}
+    for name, line in sorted({**composed, **typed}.items()):
         if name.split(".")[0] in DIFFUSION_ONLY or name in DIFFUSION_ONLY:
-            raise UsageError(f"{typed[name]} has no effect with task=autoencoder; leave it out")
+            raise UsageError(f"{line} has no effect with task=autoencoder; leave it out")
     if "image_size" not in cfg.data:
         raise UsageError(
             f"task=autoencoder needs images, unlike {typed.get('data', 'these data')}; choose data=folder, for example"
