@@ -15,13 +15,12 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from src.config.combinations import check_combinations, check_required
 from src.config.compose import compose, key_hint, setting_names
 from src.config.rules import (
     CHOICES,
     EXAMPLES,
     RECIPE,
-    check_combinations,
-    check_required,
     check_resolved,
     check_type,
     check_value,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from omegaconf import DictConfig
 
 from src.config.arguments import check_arguments
+from src.config.combinations import check_task
 from src.config.output import start_output
-from src.config.rules import check_task, check_values
+from src.config.rules import check_values
 from src.errors import format_override
 from src.runs.autoencoder import build_autoencoder, is_autoencoder
 from src.runs.checkpoints import (

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from src.config.combinations import check_task
 from src.config.overrides import check_overrides
-from src.config.rules import check_task
 from src.errors import UsageError
 from src.models.autoencoder import KLAutoencoder, kl_divergence
 from src.runs.autoencoder import build_autoencoder
