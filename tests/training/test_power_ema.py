@@ -216,11 +216,11 @@ def test_lengths_without_accurate_snapshots_are_refused(trained, tracked, tmp_pa
     alone.parent.mkdir()
     alone.write_bytes((tracked[0] / "checkpoints" / "last.ckpt").read_bytes())
     for task, run, typed, rule in (
-        (ema, trained, "length=0.1", r"length=\.\.\. needs averages of callbacks\.power_ema"),
-        (sample, trained, "ema=0.1", r"ema=\.\.\. needs averages of callbacks\.power_ema"),
-        (evaluate, trained, "ema=[0.05,0.1]", r"ema=\.\.\. needs averages of callbacks\.power_ema"),
+        (ema, trained, "length=0.1", r"length=0\.1 needs averages of callbacks\.power_ema"),
+        (sample, trained, "ema=0.1", r"ema=0\.1 needs averages of callbacks\.power_ema"),
+        (evaluate, trained, "ema=[0.05,0.1]", r"ema=\[0\.05,0\.1\]\S? needs averages of callbacks"),
         (ema, tmp_path, "length=0.2", r"length=0\.2 cannot be reconstructed from 1 snapshot of the lengths \[0\.05,0"),
-        (ema, tracked[0], "length=[0.1,0.4]", r"length=0\.4 must be a length in"),
+        (ema, tracked[0], "length=[0.1,0.4]", r"length=\[0\.1,0\.4\]"),
         (ema, tracked[0], "length=[]", r"length=\[\] must"),
         (evaluate, tracked[0], "ema=[0.05,0.05]", r"ema=\[0\.05,0\.05\]\S? must list different lengths"),
         (sample, tracked[0], "ema=[0.05,0.1]", r"ema=\[0\.05,0\.1\]\S? must be one length"),
