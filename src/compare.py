@@ -44,7 +44,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         if cfg.ema is None:
             cfg.ema = common_weights(runs)
         for run in [] if isinstance(cfg.ema, bool) else runs:
-            check_lengths(run.checkpoint, cfg.ema if isinstance(cfg.ema, ListConfig) else [cfg.ema])
+            check_lengths(run.checkpoint, cfg.ema)
         if cfg.wandb:
             find_wandb(runs)
         from src.comparison.measure import build_compared_sampler, count_val, measure_all, open_surveyed
@@ -52,12 +52,13 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         from src.runs import out_of_memory
         from src.runs.open import pick_device
 
+        device = pick_device(cfg.device)
         first = open_surveyed(runs[0], cfg)
         samplers = [build_compared_sampler(run, cfg) for run in runs]
         first.module.check_sampler(samplers[0])
         if rank() == 0:
             first.data.prepare_data()
-        processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
+        processes = start_processes(device, cfg.devices, cfg.num_nodes)
         first.data.setup()
         check_num_val(cfg.reverse_variance, count_val(first.data, cfg), "reverse_variance")
     with (

@@ -1,5 +1,7 @@
 """Inspect data before training: `python -m src.doctor data=folder data.root=path/to/images`."""
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +11,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.cli import launch
 from src.config.output import relative, start_output
+from src.config.overrides import check_overrides
 from src.config.rules import check_values
+from src.config.search_path import search_path_overrides, user_folders
 from src.config.words import key_of
-from src.errors import command, counted, format_override, printable, shell_word, usage_errors
+from src.errors import UsageError, command, counted, format_override, printable, shell_word, usage_errors
 from src.viz.tables import format_duration
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ def examine(cfg: DictConfig) -> Path:
     with usage_errors():
         check_values(cfg)
         words = [word for word in HydraConfig.get().overrides.task if not word.startswith(("run_dir", "steps"))]
+        check_overrides("train", words, added=user_folders())
         typed = {key_of(word) for word in words}
         import torch
 
@@ -64,7 +69,7 @@ def examine(cfg: DictConfig) -> Path:
     if source.labels is not None or source.captions is not None or source.covariates is not None:
         kind = "continuous" if source.covariates is not None else "class" if source.captions is None else "text"
         suggestions.append(f"conditioning={kind}")
-    words += [each for each in suggestions if key_of(each) not in typed]
+    words += accepted([each for each in suggestions if key_of(each) not in typed], words)
     usual = cfg.recipe.max_steps if has_rows else None
     steps = usual or advice.suggest_steps(num_train, on_gpu)
     if cfg.steps > 0:
@@ -82,8 +87,27 @@ def examine(cfg: DictConfig) -> Path:
         print(f"What to expect: {advice.expectation(num_train, bool(cfg.data.get('flip')))}")
     pictures = [relative(path) for name in PICTURES if (path := folder / name).exists()]
     print(f"Look at {' and '.join(map(str, pictures))}, then train:")
-    print(command("train", *map(shell_word, words)))
+    print(command("train", *search_path_overrides(), *map(shell_word, words)))
     return folder
+
+
+def accepted(suggestions: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Return the suggested overrides that src.train accepts beside the typed `words`."""
+
+    def accepts(*more: str) -> bool:
+        with warnings.catch_warnings(action="ignore"):
+            try:
+                check_overrides("train", [*words, *more], added=user_folders())
+            except UsageError:
+                return False
+        return True
+
+    if accepts(*suggestions):
+        return list(suggestions)
+    kept: list[str] = []
+    for each in suggestions:
+        kept += [each] if accepts(*kept, each) else []
+    return kept
 
 
 def print_summary(data: "BaseDataModule") -> None:

@@ -19,11 +19,12 @@ def ema(cfg: DictConfig) -> list[Path]:
         from src.training.power_ema import averaged_checkpoint, averages_folder, tracked_averages
 
         checkpoint = read_checkpoint(path)
-        tracked = tracked_averages(checkpoint, path, "length")
-        lengths = list(cfg.length) if isinstance(cfg.length, ListConfig) else [cfg.length]
+        several = isinstance(cfg.length, ListConfig)
+        lengths = list(cfg.length) if several else [cfg.length]
+        tracked = tracked_averages(checkpoint, path, format_override("length", cfg.length))
         if not lengths:
             raise ValueError("length=[] must list at least one length, such as 0.1")
-        results = [tracked.reconstruct(length, "length") for length in lengths]
+        results = [tracked.reconstruct(length, "length", lengths if several else None) for length in lengths]
         folder = averages_folder(path)
         folder.mkdir(exist_ok=True)
         settings, left_out = exportable_settings(checkpoint["hyper_parameters"])

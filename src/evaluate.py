@@ -74,7 +74,8 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         from src.runs import out_of_memory
         from src.runs.open import configure_inference, open_run, pick_device
 
-        places = cfg.data.root, cfg.encoder, cfg.init_from, cfg.autoencoder
+        device = pick_device(cfg.device)
+        places = cfg.data.root, cfg.encoder, cfg.init_from, cfg.autoencoder, str(device)
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, *places)
         configure_inference(opened, cfg.precision, cfg.compile)
         if opened.length is not None and rank() == 0:
@@ -83,7 +84,7 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
         if rank() == 0:  # prepares the data for the other processes
             opened.data.prepare_data()
             opened.data.setup()
-        processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
+        processes = start_processes(device, cfg.devices, cfg.num_nodes)
         opened.data.setup()
         count = len(opened.data.val_indices)
         num_val = min(cfg.num_val or count, count)

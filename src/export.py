@@ -157,7 +157,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
     from src.interop.diffusers_export import make_pipeline, sampling_code, write_pipeline
     from src.interop.diffusers_unet import TIME
     from src.runs.components import sampler_settings
-    from src.runs.latents import fingerprint_of, vae_of
+    from src.runs.latents import vae_of
     from src.runs.nodes import to_plain
     from src.runs.open import sampler_of
 
@@ -178,11 +178,7 @@ def write_diffusers(opened: "OpenedRun", config: dict[str, Any], cfg: DictConfig
         )
         write_pipeline(start_output(folder), pipeline)
         if autoencoder is not None:
-            from src.interop.autoencoders import DiffusersAutoencoder
-
             autoencoder.save_pretrained(folder / "vae")
-            fingerprint = fingerprint_of(DiffusersAutoencoder(autoencoder))
-            config = config | {"autoencoder": config["autoencoder"] | {"fingerprint": fingerprint}}
     weights = module.state_dict()
     kept = {TIME: weights[f"net.{TIME}"]} | {k: v for k, v in weights.items() if not k.startswith("net.")}
     write_exported(folder / SIDECAR, kept, opened.averaged, config | {"sampler": to_plain(settings)})

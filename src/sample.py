@@ -34,7 +34,8 @@ def sample(cfg: DictConfig) -> Path:
     with usage_errors():
         find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)  # before the slow imports
         check_values(cfg)
-        places = {"encoder": cfg.encoder, "autoencoder": cfg.autoencoder}
+        device = pick_device(cfg.device)
+        places = {"encoder": cfg.encoder, "autoencoder": cfg.autoencoder, "device": str(device)}
         opened = open_run(cfg.run, cfg.ckpt, cfg.ema, cfg.trust, init_from=cfg.init_from, **places)
         configure_inference(opened, cfg.precision, cfg.compile)
         settings = components.sampler_settings(cfg.sampler, opened.config.sampler)
@@ -48,7 +49,7 @@ def sample(cfg: DictConfig) -> Path:
             opened.module.null = condition([cfg.negative])
         from src.distributed.processes import start_processes
 
-        processes = start_processes(pick_device(cfg.device), cfg.devices, cfg.num_nodes)
+        processes = start_processes(device, cfg.devices, cfg.num_nodes)
 
     import torch
 

@@ -4,7 +4,6 @@ A command has its own process, arguments, environment, folder and exit status, a
 must import by themselves, or be killed, are started with `subprocess`.
 """
 
-import gc
 import json
 import os
 import runpy
@@ -96,7 +95,6 @@ if __name__ == "__main__":
     from tests.speed import speed_up
 
     speed_up()  # in each fork too
-    gc.freeze()  # no fork searches, or copies, what is imported here
 
     while line := sys.stdin.readline():
         children = []

@@ -108,7 +108,8 @@ def values_below(node: str, measurements: Measurements) -> dict[str, Any]:
 def open_surveyed(run: SurveyedRun, cfg: DictConfig) -> OpenedRun:
     """Open a surveyed run with the paths of this machine; `cfg.autoencoder` replaces that of a run on latents."""
     autoencoder = cfg.autoencoder if has_autoencoder(run.settings) else None
-    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, cfg.data.root, autoencoder=autoencoder)
+    places = {"data_root": cfg.data.root, "autoencoder": autoencoder, "device": str(cfg.device)}
+    return open_run(None, str(run.checkpoint), cfg.ema, cfg.trust, **places)
 
 
 def compared_sampler_settings(run: SurveyedRun, cfg: DictConfig) -> DictConfig:

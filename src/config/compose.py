@@ -1,7 +1,8 @@
 """Compose a configuration with Hydra, and add a hint to its errors."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -15,6 +16,18 @@ from src.errors import UsageError, first_line, first_names, near_matches, quoted
 
 PLUGINS = {"joblib", "optuna", "ray", "ray_aws", "submitit_local", "submitit_slurm"}
 """Hydra's launchers and sweepers that come with an extra, which is the first word of the name."""
+
+
+@contextmanager
+def initialized() -> Iterator[None]:
+    """Let Hydra compose configurations of conf/, also within a running job, whose Hydra returns afterwards."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def compose(

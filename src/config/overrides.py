@@ -9,25 +9,23 @@ from copy import deepcopy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from src.config.compose import compose, key_hint, setting_names
+from src.config.combinations import check_combinations, check_required
+from src.config.compose import compose, initialized, key_hint, setting_names
 from src.config.rules import (
     CHOICES,
     EXAMPLES,
     RECIPE,
-    check_combinations,
-    check_required,
     check_resolved,
     check_type,
     check_value,
     check_values,
 )
-from src.config.search_path import CONF, config_folders, config_groups, load_option, unknown_option
+from src.config.search_path import config_folders, config_groups, load_option, unknown_option
 from src.config.words import key_of, last_value, parse_words, parsed
 from src.errors import UsageError, first_names, format_override, near_matches, shell_word
 
@@ -99,7 +97,7 @@ def _compose_job(
     """
     name, _, added, groups = command
     choices = _choices(read, groups, added)
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    with initialized():
         if base is not None:
             return base, _compose_cached(name, tuple(_first_value(o) for o in read if not _is_hydras(o)), tuple(added))
         base = _compose_cached(name, tuple(map(_first_value, choices)), tuple(added))
@@ -160,7 +158,7 @@ def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[s
     choices = _choices(parse_words(config_name, overrides, groups), groups, added)
     if not choices:
         return {}
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    with initialized():
         composed = _compose_cached(config_name, tuple(map(_first_value, choices)), tuple(added))
     chosen = {str(group): [str(option)] for group, option in composed.hydra.runtime.choices.items()}
     return chosen | {override.key_or_group: _options(override) for override in choices}  # it lacks lists of options

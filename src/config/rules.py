@@ -1,10 +1,9 @@
-"""The schema of the configuration: ranges, choices and combinations of settings that need no torch to check."""
+"""The schema of the configuration: types, ranges and choices of settings that need no torch to check."""
 
 import fnmatch
 import math
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -136,6 +135,12 @@ OPTIONAL = ("neighbors", "guidance")
 SEVERAL_TYPES = ("data.image_size", "data.skip_unreadable", "data.root", "ema", "length")
 """Settings that also accept a list or a number, whatever their default; their constructors check the type."""
 
+LENGTHS = ("ema", "length")
+"""Settings that also accept a list of numbers, the lengths of averages."""
+
+PATHS = ("run", "ckpt", "init_from.path", "autoencoder.path", "autoencoder", "encoder", "guidance.model", "data.root")
+"""Settings that name a file, a folder or a model of the Hub, with null for none."""
+
 WORDS = {"data.source.class_depth": ("all",)}
 """Words that a setting accepts besides values of its default's type."""
 
@@ -167,18 +172,6 @@ ALLOW_INFINITE = ("guidance.interval",)
 
 PAIRS = ("optimizer.betas", "guidance.interval", "data.value_range")
 """Lists of two numbers."""
-
-DIFFUSION_ONLY = (
-    *("schedule", "diffusion", "timestep_sampler", "weighting", "sampler", "guidance", "conditioning", "neighbors"),
-    *("snr_shift", "zero_terminal_snr", "repa", "autoencoder", "data.coupling"),
-)
-"""Settings of a diffusion model that have no meaning for `task=autoencoder`."""
-
-AUTOENCODER_TARGETS = {
-    "model": "src.models.autoencoder.KLAutoencoder",
-    "loss": "src.training.autoencoder.AutoencoderLoss",
-}
-"""Network and loss of `task=autoencoder`."""
 
 LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
@@ -233,11 +226,16 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
         return
     if isinstance(value, str) and not value.strip() and default != "" and name not in ALLOW_EMPTY:
         raise UsageError(f"{name}= is empty; give a value, or leave it out")
+    if isinstance(value, bool) and name in PATHS:
+        shown = f"{name.removesuffix('.path')}={literal(value)}"
+        raise UsageError(f"{shown} must be a path or a name of the Hub; type {name.removesuffix('.path')}=FOLDER")
     _check_finite(name, default, value)
     default = EXAMPLES.get(name, default) if default is None else default
     if isinstance(default, dict) and isinstance(value, str) and name in CHOICES:  # `check_value` has the choices
         return
-    if (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
+    if name in LENGTHS and isinstance(value, list):
+        default = [0.05, 0.1]
+    elif (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
         return
     if value is None and isinstance(default, str):
         raise UsageError(f"{name}=null must have a value, such as {default}")
@@ -321,86 +319,6 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
                 fix = "choose a model that fits the data: model=mlp for points, model=unet_* or dit_* for images"
             message = f"{name}={plain[key]} refers to {absent}, which the configuration lacks; {fix}"
             raise UsageError(message) from error
-
-
-def check_required(
-    command: str, default: DictConfig, cfg: DictConfig, groups: Mapping[str, Sequence[str]] | None = None
-) -> None:
-    """Raise UsageError for a default setting that `cfg` lacks, or a default node that has lost its `_target_`.
-
-    `groups` has the options of all groups, for the message.
-    """
-    for name in map(str, default.keys() - set(OPTIONAL)):
-        before, now = (
-            OmegaConf.select(c, f"{name}._target_", throw_on_resolution_failure=False) for c in (default, cfg)
-        )
-        if name not in cfg or (before and not now):
-            options = (groups or {}).get(name)
-            fix = f"choose one of {', '.join(options)}" if options else "give it a value"
-            raise UsageError(f"{name}=null and ~{name} leave src.{command} without {name}; {fix}")
-
-
-def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) -> None:
-    """Raise UsageError or warn if typed settings exclude each other or have no effect in the command.
-
-    `typed` has the override of each setting that is not null, by the name of the setting.
-    """
-    one, other = "validate_every", "trainer.val_check_interval"
-    if {one, other} <= typed.keys():
-        raise UsageError(f"{typed[one]} and {typed[other]} exclude each other; leave one out, or type {other}=null")
-    if command == "train":
-        _check_task(typed, cfg)
-        if "model.num_heads" in typed and (channels := OmegaConf.select(cfg, "model.num_head_channels")) is not None:
-            other = f"model.num_head_channels={channels}; add model.num_head_channels=null"
-            warnings.warn(f"{typed['model.num_heads']} has no effect with {other}", stacklevel=2)
-        if "trainer.max_steps" in typed and (count := cfg.trainer.get("fast_dev_run")):
-            fix = f"trainer.fast_dev_run={literal(count)}, which sets the number of steps"
-            warnings.warn(f"{typed['trainer.max_steps']} has no effect with {fix}", stacklevel=2)
-        if "model.text" in typed and cfg.get("conditioning") is None:
-            warnings.warn(f"{typed['model.text']} has no effect without conditioning=text or pretrained", stacklevel=2)
-    of_latents = sorted(name for name in typed if name.startswith("autoencoder.") and name != "autoencoder.path")
-    if of_latents and OmegaConf.select(cfg, "autoencoder.path") is None:
-        raise UsageError(
-            f"{typed[of_latents[0]]} has no effect without an autoencoder; leave it out, or add autoencoder=FOLDER"
-        )
-    if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
-        raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
-    if command == "export" and cfg.get("format") != "diffusers":
-        for name in sorted(typed):
-            if name.split(".")[0] in ("guidance", "sampler"):
-                fix = "leave it out, or type format=diffusers"
-                raise UsageError(f"{typed[name]} has no effect with format={cfg.format}; {fix}")
-    if command == "evaluate":
-        others = sorted(n for n in typed if not re.match(r"hydra[./]|analytic|seed$", n))
-        of_analytic = sorted(name for name in typed if name.startswith("analytic_"))
-        if cfg.get("analytic") and others:
-            raise UsageError(
-                f"{typed[others[0]]} has no effect with {typed.get('analytic', 'analytic')}, which needs no run; "
-                "leave one out"
-            )
-        if of_analytic and not cfg.get("analytic"):
-            raise UsageError(f"{typed[of_analytic[0]]} has no effect for a run; leave it out, or add analytic=mixture")
-
-
-def _check_task(typed: Mapping[str, str], cfg: DictConfig) -> None:
-    """Raise UsageError for settings of src.train that the task does not have."""
-    is_autoencoder = cfg.get("task") == "autoencoder"
-    for name, target in AUTOENCODER_TARGETS.items():
-        found = str(OmegaConf.select(cfg, f"{name}._target_"))
-        line = typed.get(name) or typed.get("experiment") or f"{name}._target_={found}"
-        if is_autoencoder and found.startswith("src.") and found != target:
-            raise UsageError(f"{line} is for diffusion models; leave it out, or task=autoencoder")
-        if not is_autoencoder and found == target:
-            raise UsageError(f"{line} is for autoencoders; add task=autoencoder")
-    if not is_autoencoder:
-        return
-    for name in sorted(typed):
-        if name.split(".")[0] in DIFFUSION_ONLY or name in DIFFUSION_ONLY:
-            raise UsageError(f"{typed[name]} has no effect with task=autoencoder; leave it out")
-    if "image_size" not in cfg.data:
-        raise UsageError(
-            f"task=autoencoder needs images, unlike {typed.get('data', 'these data')}; choose data=folder, for example"
-        )
 
 
 def _lies_in(value: float, rule: str) -> bool:

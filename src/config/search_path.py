@@ -90,8 +90,12 @@ def config_folders(added: Sequence[str] | None = None) -> list[Path]:
 
 def search_path_overrides() -> list[str]:
     """Return the override that adds the user's config folders of the running job to another command, if any."""
-    folders = [f"file://{folder}" for folder in config_folders()[1:]]
-    return [format_override("hydra.searchpath", folders)] if folders else []
+    return [format_override("hydra.searchpath", folders)] if (folders := user_folders()) else []
+
+
+def user_folders() -> list[str]:
+    """Return the entries of Hydra's search path for the user's config folders of the running job."""
+    return [f"file://{folder}" for folder in config_folders()[1:]]
 
 
 def config_groups(folders: Sequence[Path] | None = None) -> dict[str, list[str]]:

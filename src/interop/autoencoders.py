@@ -99,6 +99,13 @@ def read_diffusers_autoencoder(folder: Path) -> DiffusersAutoencoder:
     return DiffusersAutoencoder(net)
 
 
+def diffusers_weights(autoencoder: Any) -> dict[str, Tensor]:
+    """Return the weights of an autoencoder by the names of diffusers."""
+    if isinstance(autoencoder, DiffusersAutoencoder):
+        return dict(autoencoder.net.state_dict())
+    return {**_named("encoder", autoencoder.encoder), **_named("decoder", autoencoder.decoder)}
+
+
 def as_diffusers(autoencoder: Any) -> Any:
     """Return an autoencoder as a model of diffusers, with the same weights."""
     if isinstance(autoencoder, DiffusersAutoencoder):
@@ -122,7 +129,7 @@ def as_diffusers(autoencoder: Any) -> Any:
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    kind.load_state_dict({**_named("encoder", net.encoder), **_named("decoder", net.decoder)})
+    kind.load_state_dict(diffusers_weights(net))
     return kind.eval()
 
 

@@ -11,18 +11,14 @@ from src.config.output import relative, start_output
 from src.config.search_path import search_path_overrides
 from src.errors import command, format_override
 from src.interop.hub_models import MODEL_FILE
-from src.runs.checkpoints import check_fit, find_checkpoint, has_averages
+from src.runs.checkpoints import check_fit, choose_weights, find_checkpoint
 from src.runs.nodes import instantiate_node, to_plain, typed_option
 from src.runs.trust import check_targets, check_texts, known_targets
-from src.training.checkpoints import exportable_settings, read_checkpoint, weights_of, write_exported
+from src.training.checkpoints import exportable_settings, read_checkpoint, write_exported
 
 if TYPE_CHECKING:
     from src.models.autoencoder import KLAutoencoder
     from src.training.autoencoder import AutoencoderModule
-
-
-NO_AUTOENCODER = ("SampleGrid", "BitsPerDim", "LossByNoise", "Quality")
-"""Callbacks of diffusion models."""
 
 
 class AutoencoderError(ValueError):
@@ -32,21 +28,6 @@ class AutoencoderError(ValueError):
 def is_autoencoder(settings: Mapping[Any, Any]) -> bool:
     """Return whether the configuration of a run trains an autoencoder."""
     return settings.get("task") == "autoencoder"
-
-
-def check_task(cfg: DictConfig) -> None:
-    """Raise ValueError for a network, a loss or a callback of another task than that of the run."""
-    others = {"repa=default": cfg.get("repa"), "data.coupling=ot": cfg.data.get("coupling") == "ot"}
-    if is_autoencoder(cfg) and (typed := next((name for name, value in others.items() if value), None)):
-        raise ValueError(f"{typed} is for diffusion models; leave it out, or task=autoencoder")
-    nodes = {"model": cfg.model, "loss": cfg.loss}
-    nodes |= {f"callbacks.{name}": node for name, node in (cfg.callbacks or {}).items() if node}
-    for name, node in nodes.items():
-        kind = str(node.get("_target_")).rpartition(".")[2]
-        if is_autoencoder(cfg) and kind in NO_AUTOENCODER:
-            raise ValueError(f"{name} is for diffusion models; leave {typed_option('callbacks')} out, or add ~{name}")
-        if not is_autoencoder(cfg) and kind in ("KLAutoencoder", "AutoencoderLoss", "Reconstructions"):
-            raise ValueError(f"{name}._target_={node._target_} is for autoencoders; add task=autoencoder")
 
 
 def build_autoencoder(cfg: DictConfig, shape: tuple[int, ...], augment_labels: int = 0) -> "AutoencoderModule":
@@ -108,8 +89,8 @@ def open_autoencoder(location: str, trust: bool = False, setting: str = "autoenc
     return read_autoencoder(find_checkpoint(location, None, setting=setting), trust).net
 
 
-def read_autoencoder(path: Path, trust: bool = False, ema: bool | None = None) -> OpenedAutoencoder:
-    """Return the autoencoder of a file; `ema` None takes the averaged weights if there are any.
+def read_autoencoder(path: Path, trust: bool = False, ema: bool | float | None = None) -> OpenedAutoencoder:
+    """Return the autoencoder of a file, with the weights that `ema` names (`choose_weights`).
 
     Raises ValueError as `open_autoencoder` does.
     """
@@ -126,8 +107,7 @@ def read_autoencoder(path: Path, trust: bool = False, ema: bool | None = None) -
     assert isinstance(config, DictConfig)
     check_arguments(config, "model")
     net: KLAutoencoder = instantiate_node(config)
-    averaged = has_averages(checkpoint) if ema is None else ema
-    weights = weights_of(checkpoint, averaged, path)
+    weights, averaged = choose_weights(checkpoint, path, ema)
     own = {name.removeprefix("net."): value for name, value in weights.items() if name.startswith("net.")}
     check_fit(own, net, path)
     net.load_state_dict(own)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from omegaconf import DictConfig
 
 from src.config.arguments import check_arguments
+from src.config.combinations import check_task
 from src.config.output import start_output
 from src.config.rules import check_values
 from src.errors import format_override
-from src.runs.autoencoder import build_autoencoder, check_task, is_autoencoder
+from src.runs.autoencoder import build_autoencoder, is_autoencoder
 from src.runs.checkpoints import (
     check_fit,
     check_resumed,
@@ -103,6 +104,7 @@ def instantiate_run(
 ) -> Run:
     """Return the run of a resolved configuration: module, then Trainer with its callbacks and loggers."""
     from src.distributed.processes import check_processes, start_quietly
+    from src.training.callbacks.power_ema import PowerEMA
     from src.training.callbacks.time_budget import TimeBudget
     from src.training.compile import check_cuda_graphs, compile_network
     from src.training.memory import MicrobatchFinder, keep_freed_memory
@@ -142,6 +144,8 @@ def instantiate_run(
     run = Run(cfg, directory, module, data, trainer, resume_from, steps, initial, changes)
     for budget in run.callbacks(TimeBudget):
         budget.restore(trainer, checkpoint or {})  # Lightning restores it later, after `Run.finished` is read.
+    for average in run.callbacks(PowerEMA):
+        average.check_lengths(checkpoint or {})
     if not run.callbacks(MicrobatchFinder):
         keep_freed_memory(trainer.strategy.root_device)  # The finder needs the memory that a failed trial frees.
     check_sharding(run)

@@ -81,6 +81,24 @@ def has_averages(checkpoint: Mapping[str, Any]) -> bool:
     return bool(checkpoint.get("averaged")) or "current_model_state" in checkpoint
 
 
+def choose_weights(
+    checkpoint: dict[str, Any], path: Path, ema: bool | float | None
+) -> "tuple[dict[str, Tensor], bool]":
+    """Return the weights of a checkpoint, and whether they are averages.
+
+    `ema` True takes the averaged weights, False the raw ones, None the averaged ones if there are any, and a number
+    the average of that length (`training.power_ema`). Raises ValueError if the checkpoint does not have them.
+    """
+    if not isinstance(ema, bool | float | int | None):
+        raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
+    if not isinstance(ema, bool | None):
+        from src.training.power_ema import with_average
+
+        checkpoint = with_average(checkpoint, path, ema)
+    averaged = has_averages(checkpoint) if ema is None else ema is not False
+    return weights_of(checkpoint, averaged, path), averaged
+
+
 def record_path(checkpoint: Path) -> Path | None:
     """Return the path of the data record of a checkpoint's run; None for a file outside a run folder."""
     from src.data.split import FINGERPRINT_FILE

@@ -1,6 +1,5 @@
 """Build and measure the parts of an evaluation from its configuration. Checks of settings do not import torch."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -46,16 +45,18 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
     return quality, alignment
 
 
-def check_lengths(path: Path, lengths: Sequence[float]) -> None:
+def check_lengths(path: Path, ema: float | ListConfig) -> None:
     """Raise ValueError if a length in `ema` is repeated, or cannot be reconstructed for the checkpoint at `path`."""
     from src.training.checkpoints import read_checkpoint
     from src.training.power_ema import tracked_averages
 
+    override, typed = format_override("ema", ema), list(ema) if isinstance(ema, ListConfig) else None
+    lengths: list[Any] = [ema] if typed is None else typed
     if not lengths or len({*lengths}) < len(lengths):
-        raise ValueError(f"{format_override('ema', lengths)} must list different lengths, such as [0.05,0.1,0.15]")
-    tracked = tracked_averages(read_checkpoint(path) if path.is_file() else {}, path, "ema")
+        raise ValueError(f"{override} must list different lengths, such as [0.05,0.1,0.15]")
+    tracked = tracked_averages(read_checkpoint(path) if path.is_file() else {}, path, override)
     for length in lengths:
-        tracked.reconstruct(length, "ema")
+        tracked.reconstruct(length, "ema", typed)
 
 
 def quality_settings(cfg: DictConfig) -> QualitySettings:

@@ -100,11 +100,12 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
 
 
 def fingerprint_of(autoencoder: Any) -> str:
-    """Return a hash of the class and the weights of an autoencoder."""
+    """Return a hash of the weights of an autoencoder by the names of diffusers, which an export does not change."""
     from src.cache import digest
+    from src.interop.autoencoders import DiffusersAutoencoder, diffusers_weights
 
-    weights = [part for name, value in sorted(autoencoder.state_dict().items()) for part in (name, value)]
-    return digest(type(autoencoder).__name__, *weights)
+    weights = sorted(diffusers_weights(autoencoder).items())
+    return digest(DiffusersAutoencoder.__name__, *(part for name, value in weights for part in (f"net.{name}", value)))
 
 
 def measure_latents(data: "BaseDataModule") -> dict[str, list[float]]:
@@ -131,6 +132,8 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     override = format_override("autoencoder", node.path)
     if is_autoencoder(cfg):
         raise ValueError(f"{override} is for diffusion models, and task=autoencoder trains one; leave one out")
+    if cfg.get("repa"):
+        raise ValueError(f"{override} trains in latents, and repa=default needs images; leave one out")
     if size is None or channels is None:
         raise ValueError(
             f"{override} needs images with data.channels and data.image_size; choose data=folder, or leave it out"

@@ -9,14 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 from src.config.arguments import check_arguments
 from src.errors import command, format_override, sentence
 from src.runs.autoencoder import AutoencoderError, is_autoencoder
-from src.runs.checkpoints import check_fit, find_checkpoint, has_averages, record_path
+from src.runs.checkpoints import check_fit, choose_weights, find_checkpoint, record_path
 from src.runs.components import build_condition, build_module, build_sampler
 from src.runs.imported import read_model
 from src.runs.latents import INFERRED, build_data, in_images
 from src.runs.resolve import relocate
 from src.runs.trainer import quiet_libraries
 from src.runs.trust import check_targets, check_texts, known_targets
-from src.training.checkpoints import MODEL_KEYS, OPENED_KEYS, weights_of
+from src.training.checkpoints import MODEL_KEYS, OPENED_KEYS
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +56,7 @@ def open_run(
     encoder: str | None = None,
     init_from: DictConfig | None = None,
     autoencoder: str | None = None,
+    device: str | None = None,
 ) -> OpenedRun:
     """Return a trained run from its folder `run` or from the file `ckpt`, or the model of another project, `init_from`.
 
@@ -63,9 +64,9 @@ def open_run(
 
     It has the averaged weights, or with `ema=False` the raw ones; None takes the averaged ones if the run has them, and
     else warns; a number takes the average of that length (`training.power_ema`). `data_root`, `encoder` and
-    `autoencoder` replace the paths of the data, of the pretrained text encoder and of the autoencoder. Without `trust`,
-    only classes and functions that conf/ names are instantiated. Raises FileNotFoundError or ValueError if the run does
-    not exist or cannot be read.
+    `autoencoder` replace the paths of the data, of the pretrained text encoder and of the autoencoder. The text encoder
+    runs on `device`; None prefers an accelerator. Without `trust`, only classes and functions that conf/ names are
+    instantiated. Raises FileNotFoundError or ValueError if the run does not exist or cannot be read.
     """
     path = find_checkpoint(run, ckpt, None if init_from is None else init_from.path)
     quiet_libraries()
@@ -85,7 +86,7 @@ def open_run(
         settings = in_images(settings, autoencoder, trust)
     config = OmegaConf.create(settings)
     assert isinstance(config, DictConfig)
-    config = relocate(config, data_root, encoder, path, autoencoder)
+    config = relocate(config, data_root, encoder, path, autoencoder, device)
     built = OmegaConf.masked_copy(config, list(OPENED_KEYS))
     check_arguments(built)
     try:
@@ -93,7 +94,9 @@ def open_run(
         data.fingerprint_path = record_path(path)
         data.condition = build_condition(built)
         module = build_module(built, data.shape, data.num_values, data.condition, data.augment_labels)
-        averaged = load_trained(module, checkpoint, path, ema)
+        weights, averaged = choose_weights(checkpoint, path, ema)
+        check_fit(weights, module, path)
+        module.load_state_dict(weights)
     except (AssertionError, AttributeError, LookupError, RuntimeError) as error:  # a file with objects of wrong types
         raise ValueError(f"{path} is not a model of this project ({sentence(error)}): use another one") from error
     import torch
@@ -105,21 +108,6 @@ def open_run(
         warnings.warn(f"{path} has no averaged weights; using the raw ones, as ema=false does", stacklevel=2)
     length = None if isinstance(ema, bool | None) else ema
     return OpenedRun(config, path, module.eval(), data, averaged, length)
-
-
-def load_trained(module: "DiffusionModule", checkpoint: dict[str, Any], path: Path, ema: bool | float | None) -> bool:
-    """Load the weights of a checkpoint that `ema` of `open_run` names, and return whether they are averages."""
-    if not isinstance(ema, bool | float | int | None):
-        raise ValueError(f"{format_override('ema', ema)} must be one length, such as 0.1, in this command")
-    if not isinstance(ema, bool | None):
-        from src.training.power_ema import with_average
-
-        checkpoint = with_average(checkpoint, path, ema)
-    averaged = has_averages(checkpoint) if ema is None else ema is not False
-    weights = weights_of(checkpoint, averaged, path)
-    check_fit(weights, module, path)
-    module.load_state_dict(weights)
-    return averaged
 
 
 def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:
@@ -151,6 +139,7 @@ def open_guidance_model(opened: OpenedRun, location: str) -> "Conditional":
     """
     path = find_checkpoint(location, None, setting="guidance.model")
     places = {"encoder": "conditioning.encode.model", "autoencoder": "autoencoder.path"}
+    places["device"] = "conditioning.encode.device"
     weak = open_run(None, str(path), **{k: OmegaConf.select(opened.config, name) for k, name in places.items()})
     override = format_override("guidance.model", location)
     fix = "choose an earlier checkpoint, or a smaller network that was trained with the same settings"

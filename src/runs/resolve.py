@@ -110,12 +110,18 @@ def finished_job(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def relocate(
-    config: DictConfig, data_root: str | None, encoder: str | None, checkpoint: Path, autoencoder: str | None = None
+    config: DictConfig,
+    data_root: str | None,
+    encoder: str | None,
+    checkpoint: Path,
+    autoencoder: str | None = None,
+    device: str | None = None,
 ) -> DictConfig:
     """Return a copy of a trained run's configuration with the paths of this machine.
 
     `data_root` replaces the folder or file of the data, `encoder` the pretrained text encoder, and `autoencoder` that
-    of a run in latents; None keeps them, except that an exported pipeline has an autoencoder of its own. The cache
+    of a run in latents; None keeps them, except that an exported pipeline has an autoencoder of its own. The text
+    encoder runs on `device`, with None on an accelerator if there is one. The cache
     folders recorded in `checkpoint` are ignored: the file is untrusted and could name any folder. Raises ValueError if
     the run has no such path.
     """
@@ -148,7 +154,7 @@ def relocate(
                 "is from another; leave it out"
             )
         return config
-    node.update({"cache": "outputs/cache", "device": "auto", "model": encoder or node.model})
+    node.update({"cache": "outputs/cache", "device": device or "auto", "model": encoder or node.model})
     if node.model is None:
         raise ValueError(f"{checkpoint} does not name its text encoder; add encoder=FOLDER or encoder=NAME of the hub")
     return config

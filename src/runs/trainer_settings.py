@@ -170,6 +170,6 @@ def check_strategy(trainer: L.Trainer) -> None:
 def _shown(name: str, settings: Mapping[str, Any]) -> str:
     """Return the argument and its value as a user types them."""
     value = settings[name]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "_target_" in value:
         return format_override(f"trainer.{name}._target_", value["_target_"])
     return format_override(f"trainer.{name}", value)

@@ -138,18 +138,19 @@ class TrackedAverages(NamedTuple):
     last: Sequence[Mapping[str, "Tensor"]]
     """For each length, the averages of the checkpoint by the name of the weight."""
 
-    def reconstruct(self, length: float, setting: str) -> Reconstruction:
-        """Return the reconstruction of a length. Raises ValueError, with the name of the `setting`, if it is not close.
+    def reconstruct(self, length: float, setting: str, typed: Sequence[float] | None = None) -> Reconstruction:
+        """Return the reconstruction of a length. Its cost does not depend on the size of the network.
 
-        Its cost does not depend on the size of the network.
+        Raises ValueError, with the name of the `setting` and the list `typed` that has the length, if it is not close.
         """
+        start = f"{setting}=" if typed is None else f"{format_override(setting, typed)}: "
         try:
             result = reconstruct(self.steps, self.lengths, length)
         except ValueError as error:
-            raise ValueError(f"{setting}={error}") from error
+            raise ValueError(f"{start}{error}") from error
         if result.error > MAX_ERROR:
             raise ValueError(
-                f"{setting}={length} cannot be reconstructed from {counted(len(self.steps), 'snapshot')} of the "
+                f"{start}{length} cannot be reconstructed from {counted(len(self.steps), 'snapshot')} of the "
                 f"lengths {literal(self.lengths)}; choose one of these, {describe_lengths(self.steps, self.lengths)}"
             )
         return result
@@ -178,12 +179,12 @@ class TrackedAverages(NamedTuple):
         yield ((name, [part[name] for part in self.last]) for name in self.last[0])
 
 
-def tracked_averages(checkpoint: Mapping[str, Any], path: Path, setting: str) -> TrackedAverages:
-    """Return the averages of the checkpoint at `path`. Raises ValueError, with the name of `setting`, without any."""
+def tracked_averages(checkpoint: Mapping[str, Any], path: Path, override: str) -> TrackedAverages:
+    """Return the averages of the checkpoint at `path`. Raises ValueError, with the `override`, without any."""
     saved = checkpoint.get("power_ema")
     if not saved or not saved["steps"]:
         raise ValueError(
-            f"{setting}=... needs averages of callbacks.power_ema, and {path} has none; train with "
+            f"{override} needs averages of callbacks.power_ema, and {path} has none; train with "
             f"{format_override('callbacks.power_ema.lengths', [0.05, 0.1])}"
         )
     end = last_update(int(saved["steps"]))
@@ -200,7 +201,7 @@ def with_average(checkpoint: Mapping[str, Any], path: Path, length: float) -> di
 
     Raises ValueError, with the setting `ema`, if it cannot be reconstructed.
     """
-    tracked = tracked_averages(checkpoint, path, "ema")
+    tracked = tracked_averages(checkpoint, path, format_override("ema", length))
     return averaged_checkpoint(checkpoint, tracked, tracked.reconstruct(length, "ema"))
 
 

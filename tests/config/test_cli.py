@@ -145,6 +145,8 @@ def test_refusal_repeats_the_typed_override():
         ("evaluate", "analytic=mixture", "run=FOLDER"),
         ("evaluate", "analytic_samples=20"),
         ("evaluate", "ema=[0.05,0.5]"),
+        *(("evaluate", word) for word in ("ema=[true,0.1]", "ema=[0.05,yes]", "run=true")),
+        ("train", "data=digits", "model=mlp"),
         ("export", "sampler=ddim"),
     ):
         with pytest.raises(UsageError) as error:

@@ -402,8 +402,8 @@ def test_unsupported_conditions_skip_alignment_with_one_line(trained, capsys):
     ("overrides", "rule"),
     [
         (["alignment.scales=[]"], "alignment.scales="),
-        (["alignment.scales=[1,-2]"], r"alignment\.scales=\[1, -2\]"),
-        (["alignment.scales=much"], r"alignment\.scales=\['much'\]"),
+        (["alignment.scales=[1,-2]"], "alignment.scales="),
+        (["alignment.scales=much"], "alignment.scales="),
         (["alignment.n=1"], "alignment.n=1 "),
         (["alignment.n=12"], "alignment.n=12 .*20"),
     ],

@@ -184,3 +184,16 @@ def test_skipped_steps_are_recorded_without_noise_levels(tmp_path, monkeypatch):
     (line,) = map(json.loads, (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines())
     assert len(line["losses"]) == len(line["samples"])
     assert "t" not in line
+
+
+def test_export_refuses_an_average_that_was_not_kept(run, tmp_path):
+    with pytest.raises(UsageError, match=r"ema=0\.1"):
+        export(compose("export", f"run={run}", f"run_dir='{tmp_path}'", "ema=0.1"))
+
+
+def test_adapters_of_a_trained_autoencoder_train(run, tmp_path):
+    short = ["trainer.max_steps=1", "validate_every=1", "callbacks.reconstructions=null", "lr_scheduler.warmup_steps=0"]
+    train_tiny(tmp_path / "run", f"init_from.path={run}", "lora=default", "callbacks.ema=null", *short)
+    ours, theirs = (open_autoencoder(str(each)).state_dict() for each in (tmp_path / "run", run))
+    assert ours.keys() == theirs.keys()
+    assert any(not torch.equal(ours[name], theirs[name]) for name in theirs)

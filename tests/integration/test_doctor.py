@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from src.config.cli import launch
+from src.config.overrides import check_overrides
 from src.data.column_summary import count_near_rows
 from src.doctor import examine
 
@@ -78,6 +79,16 @@ def test_typed_settings_decide_the_others(tmp_path, doctor):
     done = doctor("data=captions", f"data.root={tmp_path / 'photos'}", "data.image_size=[16,12]", "steps=0")
     assert done.status == 0, done.err
     assert {"conditioning=text", "data.batch_size=2", "data.image_size=[16,12]", "model=unet_tiny"} <= {*done.command}
+
+
+def test_suggestions_suit_the_typed_network(tmp_path, doctor):
+    save(tmp_path / "photos", "a.png", 16, 16, 3)
+    save(tmp_path / "photos", "b.png", 16, 16, 3, seed=1)
+    done = doctor("data=folder", f"data.root={tmp_path / 'photos'}", "model=dit_tiny", "steps=0")
+    assert done.status == 0, done.err
+    check_overrides("train", done.command[3:])
+    done = doctor("data=digits", "model=mlp", "steps=0")
+    assert done.status == 2 and "model=mlp" in done.err
 
 
 def test_copies_across_the_split_and_nested_folders_are_reported(tmp_path, doctor):

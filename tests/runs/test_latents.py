@@ -17,8 +17,11 @@ from src.ema import ema
 from src.errors import UsageError, format_override
 from src.evaluate import evaluate
 from src.export import export
+from src.interop.autoencoders import as_diffusers
 from src.interop.diffusers_export import make_time_grid
+from src.models.autoencoder import KLAutoencoder
 from src.runs.build import build
+from src.runs.latents import fingerprint_of, open_any
 from src.runs.open import open_run
 from src.runs.resolve import relocate, resolve
 from src.sample import sample
@@ -225,6 +228,38 @@ def test_exported_pipeline_has_its_own_autoencoder(tmp_path):
     (tmp_path / "vae").mkdir()
     assert relocate(settings, None, None, tmp_path).autoencoder.path == str(tmp_path / "vae")
     assert relocate(settings, None, None, tmp_path, "typed").autoencoder.path == "typed"
+
+
+def test_exported_autoencoder_keeps_its_fingerprint(tmp_path):
+    torch.manual_seed(0)
+    net = KLAutoencoder(3, 8, latent_channels=2, model_channels=8, channel_mult=(1, 2), num_res_blocks=1)
+    as_diffusers(net).save_pretrained(tmp_path)
+    ours, theirs = fingerprint_of(net), open_any(str(tmp_path))[1]
+    assert ours == theirs
+    net.decoder[0].bias.data.add_(1)
+    assert fingerprint_of(net) != theirs
+
+
+def test_features_of_latents_are_refused_before_encoding(vae, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.data.latents.write_latents", lambda *_: pytest.fail("encodes all images"))
+    with pytest.raises(ValueError, match="repa="):
+        build(compose("train", *TINY, f"autoencoder.path={vae}", "repa=default", f"run_dir={tmp_path / 'run'}"))
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_text_encoder_runs_on_the_typed_device(name, trained, tmp_path, monkeypatch):
+    encode = {"model": "user/name", "fingerprint": "a"}
+
+    def relocate_encoder(config, *places):
+        settings = OmegaConf.create({"data": {}, "conditioning": {"encode": encode}})
+        raise ValueError(f"runs on {relocate(settings, *places).conditioning.encode.device}")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    monkeypatch.setattr("src.runs.open.relocate", relocate_encoder)
+    with pytest.raises(UsageError, match="runs on cpu"):
+        {"sample": sample, "evaluate": evaluate}[name](
+            compose(name, f"run={trained}", "device=cpu", f"run_dir={tmp_path}")
+        )
 
 
 def test_resumed_checkpoint_cannot_interpolate(vae):

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from src.config.combinations import check_task
 from src.config.overrides import check_overrides
 from src.errors import UsageError
 from src.models.autoencoder import KLAutoencoder, kl_divergence
-from src.runs.autoencoder import build_autoencoder, check_task
+from src.runs.autoencoder import build_autoencoder
 from src.runs.build import build
 from tests.conftest import compose
 
@@ -142,6 +143,12 @@ def test_typed_settings_without_meaning_are_refused(typed):
 def test_points_are_refused():
     with pytest.raises(UsageError, match="task=autoencoder needs images"):
         check_overrides("train", ["task=autoencoder", "data=points"])
+
+
+def test_callbacks_of_another_task_are_refused_as_typed():
+    for typed in (["callbacks=autoencoder"], ["callbacks=quality", "task=autoencoder"]):
+        with pytest.raises(UsageError, match=typed[0]):
+            check_overrides("train", typed)
 
 
 def test_task_changes_no_other_setting_of_diffusion_models():

@@ -75,8 +75,8 @@ class PowerEMA(L.Callback):
             self._remove_later()
             size = 4 * len(self.lengths) * sum(w.numel() for w in self._weights)
             tqdm.write(
-                f"Averages of lengths {literal(self.lengths)}: {size / 1e6:.1f} MB in memory and in each checkpoint, "
-                f"and at most {self.max_snapshots} snapshots of that size, {self.max_snapshots * size / 1e9:.3g} GB, "
+                f"Averages of lengths {literal(self.lengths)}: {size / 1e6:,.1f} MB in memory and in each checkpoint, "
+                f"and at most {self.max_snapshots} snapshots of that size, {self.max_snapshots * size / 1e6:,.1f} MB, "
                 f"in {self.folder}"
             )
 
@@ -135,14 +135,10 @@ class PowerEMA(L.Callback):
 
         Raises ValueError for averages of other lengths.
         """
+        self.check_lengths(checkpoint)
         saved = checkpoint.get("power_ema")
         if self.lengths is None or saved is None:
             return
-        if saved["lengths"] != self.lengths:
-            raise ValueError(
-                f"callbacks.power_ema.lengths={literal(self.lengths)} must stay {literal(saved['lengths'])} in a "
-                "resumed run; leave it out, or start a new run"
-            )
         self._names, self._weights = trained_weights(pl_module)
         self._averages = [
             [shard_like(part[name], w).float() for name, w in zip(self._names, self._weights, strict=True)]
@@ -151,6 +147,15 @@ class PowerEMA(L.Callback):
         self.steps = saved["steps"]
         if trainer.is_global_zero:
             self._remove_later()
+
+    def check_lengths(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raise ValueError if a checkpoint has averages of other lengths."""
+        saved = checkpoint.get("power_ema")
+        if self.lengths is not None and saved is not None and saved["lengths"] != self.lengths:
+            raise ValueError(
+                f"callbacks.power_ema.lengths={literal(self.lengths)} must stay {literal(saved['lengths'])} in a "
+                "resumed run; leave it out, or start a new run"
+            )
 
 
 def remove_crowded(folder: Path, limit: int) -> None:
