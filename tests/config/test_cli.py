@@ -18,7 +18,7 @@ from src.config.cli import launch
 from src.config.overrides import check_overrides
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
 from src.config.search_path import CONF, config_groups, extra_folders
-from src.config.words import split_arguments
+from src.config.words import expand_init_from, split_arguments
 from src.diffusion.schedules import custom
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
 from src.errors import UsageError, format_override
@@ -152,6 +152,17 @@ def test_refusal_repeats_the_typed_override():
         with pytest.raises(UsageError) as error:
             check_overrides(command, [*overrides, refused])
         assert refused in str(error.value) and "..." not in str(error.value)
+
+
+def test_none_means_no_autoencoder_and_no_initial_weights():
+    for command, nodes in (("train", ("autoencoder", "init_from")), ("sample", ("autoencoder", "init_from"))):
+        none, null = (
+            check_overrides(command, expand_init_from([f"{name}={value}" for name in nodes], command))
+            for value in ("none", "null")
+        )
+        assert none == null
+    with pytest.raises(UsageError, match="autoencoder=true"):
+        check_overrides("train", expand_init_from(["autoencoder=true"]))
 
 
 def test_sweep_of_numbers_is_not_offered_as_text():
