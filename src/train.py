@@ -148,7 +148,8 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
     print_once(f"More samples: {sample} n=64")
     if (condition := run.data.condition) and condition.examples:
         example = condition.examples[0]
-        cond = format_override("cond", example if isinstance(example, str) else [example])
+        numbers = [] if isinstance(example, str) else [float(f"{value:.6g}") for value in example]
+        cond = format_override("cond", [numbers] if numbers else example)
         print_once(f"Samples of one condition: {sample} n=16 {cond}")
 
 

@@ -151,6 +151,9 @@ FOREIGN_VALUES = {
     "precision=float32": "32-true",
     "precision=fp16": "16-mixed",
     "precision=fp32": "32-true",
+    "prediction=epsilon": "eps",
+    "prediction=sample": "x0",
+    "prediction=v_prediction": "v",
 }
 """Values under other names, by the last part of the setting."""
 

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.keys import run_folder
+from src.config.keys import OTHER_KEYS, run_folder
 from src.config.search_path import CONF, config_groups
 from src.errors import UsageError, did_you_mean, first_line, format_override, shell_word
 
@@ -40,6 +40,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         name, _, value = unknown[0].lstrip("-").partition("=")
         following = arguments[arguments.index(unknown[0]) + 1 :][:1]
         value = value or next((word for word in following if not re.search(r"^-|=", word)), "VALUE")
+        setting = OTHER_KEYS.get(name, "")
+        name = setting if "." in setting and " " not in setting else name  # others depend on the command
         raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
     overrides, flags, rest = list(known.overrides), [], list(known.overrides)
     for word in arguments:

@@ -72,7 +72,8 @@ class SampleEvaluator:
         data.setup()
         if (least := min(len(data.val_indices), len(data.train_indices))) < MIN_REAL:
             raise ValueError(
-                f"quality=true needs at least {MIN_REAL} validation and training samples, found {least}: use more data"
+                f"quality=true needs at least {MIN_REAL} validation and training samples, found {least}; "
+                "use more data, or add quality=false to src.evaluate"
             )
         self.data = data
         self.settings = settings

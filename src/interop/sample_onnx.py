@@ -56,3 +56,4 @@ if __name__ == "__main__":
         decoder = onnxruntime.InferenceSession(FOLDER / info["decoder"])
         (samples,) = decoder.run(None, {"x": samples})  # at most 63 at once
     np.save(FOLDER / "samples.npy", samples)
+    print(f"{len(samples)} samples of shape {tuple(samples.shape[1:])}: {FOLDER / 'samples.npy'}")

@@ -55,3 +55,4 @@ if __name__ == "__main__":
         with torch.no_grad():
             samples = torch.export.load(FOLDER / info["decoder"]).module()(samples)  # at most 63 at once
     torch.save(samples, FOLDER / "samples.pt")
+    print(f"{len(samples)} samples of shape {tuple(samples.shape[1:])}: {FOLDER / 'samples.pt'}")

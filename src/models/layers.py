@@ -267,7 +267,8 @@ def check_positive(**sizes: int | Sequence[int]) -> None:
     """Raise ValueError for an argument of a network, a number or a list, that is not at least 1."""
     for name, value in sizes.items():
         if (value if isinstance(value, int) else min(value, default=0)) < 1:
-            raise ValueError(f"model.{name}={value} must be at least 1; see conf/model for usual values")
+            rule = "be at least 1" if isinstance(value, int) or value else "not be empty"
+            raise ValueError(f"model.{name}={value} must {rule}; see conf/model for usual values")
 
 
 def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:

@@ -114,6 +114,7 @@ def test_setting_without_effect_warns():
         (["trainer.gpus=1"], ["trainer.devices=1"]),
         (["trainer.max_steps=1e3"], ["trainer.max_steps=1000"]),
         (["trainer.precision=fp16"], ["trainer.precision=16-mixed"]),
+        (["diffusion.prediction=v_prediction"], ["diffusion.prediction=v"]),
         (["debug=default"], ["debug=fast_dev_run"]),
         (["debug"], ["debug=fast_dev_run"]),
         (["optimizer.betas=[0.9,0.99,]"], ["optimizer.betas=[0.9,0.99]"]),
@@ -122,6 +123,7 @@ def test_setting_without_effect_warns():
         (["vae=FOLDER"], ["autoencoder.path=FOLDER"]),
         (["seed=0..2"], ["-m", "seed=range(0,3)"]),
         (["-cfg", "job"], ["--cfg"]),
+        (["--learning_rate", "1e-3"], ["optimizer.lr=1e-3"]),
     ],
     ids=" ".join,
 )

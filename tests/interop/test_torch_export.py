@@ -215,6 +215,7 @@ def test_program_samples_without_this_project(conditional, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "samples.pt" in done.stdout
     assert_close(torch.load(folder / "out.pt"), expected, rtol=1e-4, atol=1e-4)
     assert torch.load(folder / "samples.pt").shape == (16, 1, 8, 8)
     info = json.loads((folder / "network.json").read_text())
