@@ -112,7 +112,8 @@ def check_task(cfg: DictConfig, typed: Mapping[str, str] = MappingProxyType({}))
         return
     composed = {"repa": "repa=default"} if cfg.get("repa") else {}
     composed |= {"data.coupling": "data.coupling=ot"} if cfg.data.get("coupling") == "ot" else {}
-    for name, line in sorted({**composed, **typed}.items()):
+    settings = {name: line for name, line in typed.items() if name != "data.coupling"}  # "independent" changes nothing
+    for name, line in sorted({**composed, **settings}.items()):
         if name.split(".")[0] in DIFFUSION_ONLY or name in DIFFUSION_ONLY:
             raise UsageError(f"{line} has no effect with task=autoencoder; leave it out")
     if "image_size" not in cfg.data:

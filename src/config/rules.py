@@ -170,8 +170,8 @@ ALLOW_EMPTY = ("cond", "negative")
 
 ALLOW_INFINITE = ("guidance.interval",)
 
-PAIRS = ("optimizer.betas", "guidance.interval", "data.value_range")
-"""Lists of two numbers."""
+PAIRS = {"optimizer.betas": "[0.9,0.999]", "guidance.interval": "[0.2,5]", "data.value_range": "[0,4095]"}
+"""Lists of two numbers, with an example. An optimizer of another package may have more."""
 
 LIMIT = {"inf": math.inf, "2^32": 2**32, "10^9": 10**9}
 
@@ -203,6 +203,9 @@ def check_value(name: str, value: Any, argument: str = "") -> None:
         at_least = rule.removeprefix("[").removesuffix(", inf)")
         wanted = f"at least {at_least}" if f"[{at_least}, inf)" == rule else f"in {rule}"
         raise UsageError(f"{name}={literal(value)} must be {wanted}")
+    of_others = name == "optimizer.betas" and not argument.startswith(("src.", "torch."))
+    if name in PAIRS and isinstance(value, list | ListConfig) and len(value) != 2 and not of_others:
+        raise UsageError(f"{name}={literal(value)} must be two numbers, such as {PAIRS[name]}")
     if other := FOREIGN_VALUES.get(f"{name.rpartition('.')[2]}={value}"):
         raise UsageError(f"{name}={value} is a name of another library; type {name}={other}")
     choices = CHOICES.get(name)
@@ -243,9 +246,6 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
         others = [each for each in value if isinstance(each, str | bool)] if isinstance(value, list) else []
         if any("${" not in str(each) for each in others):
             raise UsageError(f"{name}={typed or literal(value)} must be a list of numbers, such as {literal(default)}")
-    if name in PAIRS and isinstance(value, list) and len(value) != 2:
-        example = literal(default) if isinstance(default, list) else "[low,high]"
-        raise UsageError(f"{name}={typed or literal(value)} must be two numbers, such as {example}")
     for kind, fits, rule in (
         (bool, bool, "true or false"),
         (int, int, "an integer"),

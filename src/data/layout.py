@@ -28,8 +28,8 @@ def split_of(folder: str) -> str | None:
 
     Names with other words, such as train_masks, hold no split.
     """
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", folder)
-    named = [each.lower().removesuffix("set") or "set" for each in words if len(each) > 1]
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_a-zA-Z]+", folder)
+    named = [each.lower().removesuffix("set") or "set" for each in words if len(each) > 1 or not each.isascii()]
     splits = {SPLITS.get(word, "" if word in FILLERS else "other") for word in named} - {""}
     return splits.pop() if len(splits) == 1 and splits <= {*SPLITS.values()} else None
 

@@ -13,6 +13,7 @@ from src.config.arguments import check_arguments
 from src.config.overrides import check_overrides
 from src.config.rules import RECIPE, check_value
 from src.config.search_path import CONF, config_groups
+from src.errors import UsageError
 from src.runs.autoencoder import build_autoencoder
 from src.runs.components import build_module, build_sampler
 from src.runs.nodes import inline_aliases
@@ -252,3 +253,9 @@ def test_ranges_equal_those_of_the_constructors(case, tmp_path):
 @pytest.mark.parametrize("command", ["train", "sample", "schedules", "evaluate", "compare"])
 def test_commands_compose_by_themselves(command):
     assert {"run_dir", "seed"} <= set(compose(command))
+
+
+def test_optimizers_of_other_packages_may_have_three_betas():
+    check_value("optimizer.betas", [0.98, 0.92, 0.99], "adan.Adan.betas")
+    with pytest.raises(UsageError, match=r"optimizer\.betas"):
+        check_value("optimizer.betas", [0.98, 0.92, 0.99], "torch.optim.AdamW.betas")

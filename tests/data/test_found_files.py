@@ -175,8 +175,8 @@ def test_splits_have_a_word_in_their_names(tmp_path, train, val, test):
 
 
 def test_other_names_with_train_are_classes(tmp_path):
-    save(tmp_path, "train/1.png", "train_masks/1.png", "testbed/1.png")
-    assert open_folder(str(tmp_path)).labels.classes == ["testbed", "train", "train_masks"]
+    save(tmp_path, "train/1.png", "train_masks/1.png", "testbed/1.png", "test_日本/1.png")
+    assert open_folder(str(tmp_path)).labels.classes == ["test_日本", "testbed", "train", "train_masks"]
 
 
 def test_roots_of_one_class_each_keep_it(tmp_path):
