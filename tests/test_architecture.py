@@ -123,6 +123,8 @@ def test_only_commands_and_their_launcher_print():
             for n in ast.walk(ast.parse(path.read_text()))
             if isinstance(n, ast.Call) and hasattr(n.func, "id")
         }
-        return calls & {"print"} if path.parent != SRC and path != SRC / "config" / "cli.py" else set()
+        # `src.export` copies the sample_*.py of interop beside a model, as commands.
+        is_command = path.parent == SRC or path.match("src/interop/sample_*.py")
+        return calls & {"print"} if not is_command and path != SRC / "config" / "cli.py" else set()
 
     assert offenders(rule) == []
