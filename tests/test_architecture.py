@@ -123,6 +123,8 @@ def test_only_commands_and_their_launcher_print():
             for n in ast.walk(ast.parse(path.read_text()))
             if isinstance(n, ast.Call) and hasattr(n.func, "id")
         }
-        return calls & {"print"} if path.parent != SRC and path != SRC / "config" / "cli.py" else set()
+        # sample_*.py are commands, too: an export copies them next to the network
+        speaks = path.parent == SRC or path == SRC / "config" / "cli.py" or path.match("interop/sample_*.py")
+        return set() if speaks else calls & {"print"}
 
     assert offenders(rule) == []
