@@ -10,7 +10,7 @@ FOREIGN_NAMES = {
     "trainer.accumulate_grad_batches": "gradient_accumulation_steps",
     "data.batch_size batch_size": "batch",
     "data.batch_size": "train_batch_size",
-    "schedule names": "beta_schedule noise_schedule",
+    "schedule names": "beta_schedule ddpm_beta_schedule noise_schedule",
     "names": "schedule",
     "length": "ema sigma_rel",
     "autoencoder": "autoencoder.path",
@@ -20,12 +20,12 @@ FOREIGN_NAMES = {
     "entity": "team",
     "guidance.scale": "cfg_scale guidance_scale w",
     "model.channel_mult": "dim_mults",
-    "ckpt resume": "checkpoint checkpoint_path ckpt_path",
+    "ckpt resume": "checkpoint checkpoint_path ckpt_path resume_from_checkpoint",
     "resume": "ckpt run",
     "run runs": "resume",
     "conditioning": "class_cond",
     "diffusion.clip_x0": "clip_denoised",
-    "data.root": "data_dir",
+    "data.root": "data_dir train_data_dir",
     "data": "dataset",
     "schedule.num_steps num_steps": "diffusion_steps num_timesteps T",
     "callbacks.ema.decay": "ema_decay ema_rate",
@@ -34,13 +34,18 @@ FOREIGN_NAMES = {
     "callbacks.time_budget.minutes": "minutes time_budget",
     "trainer.max_steps": "iterations train_num_steps",
     "optimizer.lr": "learning_rate",
+    "optimizer.weight_decay": "adam_weight_decay",
+    "callbacks.ema": "use_ema",
+    "data.flip": "random_flip",
+    "data.image_size": "resolution",
+    "model.attention_resolutions": "attn_resolutions",
     "loss.type": "loss_type",
     "data.microbatch_size": "microbatch",
     "trainer.precision precision": "mixed_precision",
     "model.model_channels": "num_channels",
-    "sampler.steps": "num_inference_steps num_sampling_steps sampling_timesteps",
+    "sampler.steps": "ddpm_num_inference_steps num_inference_steps num_sampling_steps sampling_timesteps",
     "n": "num_samples",
-    "schedule.num_steps": "num_train_timesteps",
+    "schedule.num_steps": "ddpm_num_steps num_train_timesteps",
     "hydra.run.dir": "out outdir output output_dir results_folder save_dir",
     "features": "metric metrics",
     "diffusion.prediction": "parameterization prediction_type",
@@ -158,8 +163,8 @@ FOREIGN_VALUES = {
 """Values under other names, by the last part of the setting."""
 
 EXPLANATIONS = {
-    "epochs max_epochs num_epochs": "training is counted in steps: one epoch is the number of training samples / "
-    "data.batch_size, so set trainer.max_steps to {value} times that",
+    "epochs max_epochs num_epochs num_train_epochs": "training is counted in steps: one epoch is the number of "
+    "training samples / data.batch_size, so set trainer.max_steps to {value} times that",
     "test train validate": f"this command always trains; evaluate its run with {command('evaluate', 'run=FOLDER')}",
 }
 """Hints for settings of other training commands that no setting of ours replaces."""

@@ -198,7 +198,7 @@ def neighbor_rows(samples: Tensor, nearest: Tensor, distances: Tensor, num_candi
     for k, distance in enumerate(distances[order].tolist()):
         text = format_number(distance, 0.1)
         draw_text(canvas, (LABEL_WIDTH + GAP + (k + 0.5) * width, center), text, 12, "mm")
-    return add_title(canvas, f"Samples and the nearest of {num_candidates:,} training images")
+    return add_title(canvas, f"Samples and the nearest of {num_candidates:,} training samples")
 
 
 def labeled_rows(rows: Sequence[Tensor], labels: Sequence[str], cell: int = CELL) -> Image.Image:

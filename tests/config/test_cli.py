@@ -112,6 +112,7 @@ def test_setting_without_effect_warns():
         (["schedule", "=linear"], ["schedule=linear"]),
         (["schedul=linear"], ["schedule=linear"]),
         (["trainer.gpus=1"], ["trainer.devices=1"]),
+        (["adam_weight_decay=0.1"], ["optimizer.weight_decay=0.1"]),
         (["trainer.max_steps=1e3"], ["trainer.max_steps=1000"]),
         (["trainer.precision=fp16"], ["trainer.precision=16-mixed"]),
         (["diffusion.prediction=v_prediction"], ["diffusion.prediction=v"]),
