@@ -35,7 +35,6 @@ FOREIGN_NAMES = {
     "trainer.max_steps": "iterations train_num_steps",
     "optimizer.lr": "learning_rate",
     "optimizer.weight_decay": "adam_weight_decay",
-    "callbacks.ema": "use_ema",
     "data.flip": "random_flip",
     "data.image_size": "resolution",
     "model.attention_resolutions": "attn_resolutions",
@@ -165,6 +164,11 @@ FOREIGN_VALUES = {
 EXPLANATIONS = {
     "epochs max_epochs num_epochs num_train_epochs": "training is counted in steps: one epoch is the number of "
     "training samples / data.batch_size, so set trainer.max_steps to {value} times that",
+    "dataset_name": "the datasets of the Hugging Face Hub are data=hub data.name={value}",
+    "noise_scheduler": "the noise schedule is set by schedule=, the sampler by sampler=",
+    "num_classes": "classes are counted in the data; add conditioning=class",
+    "use_ema": "weights are averaged by default; ~callbacks.ema turns it off",
+    "wandb": "add logger=wandb, or leave it out",
     "test train validate": f"this command always trains; evaluate its run with {command('evaluate', 'run=FOLDER')}",
 }
 """Hints for settings of other training commands that no setting of ours replaces."""
