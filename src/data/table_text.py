@@ -56,7 +56,7 @@ def decode_text(data: bytes, encoding: str | None, path: Path) -> tuple[str, str
 def _is_foreign(text: str) -> bool:
     """Return whether a text seems to be wrongly decoded: Western words do not have four special letters in a row.
 
-    Punctuation, as in …”—“, is no sign of it.
+    Punctuation does not count: …”—“ is common.
     """
     return any(len(set(filter(str.isalpha, run))) > 1 for run in re.findall(r"[^\0-\x7f]{4,}", text))
 

@@ -54,6 +54,7 @@ if __name__ == "__main__":
     samples = sample(net, info, noise, cond)
     if info["decoder"]:
         decoder = onnxruntime.InferenceSession(FOLDER / info["decoder"])
-        (samples,) = decoder.run(None, {"x": samples})  # at most 63 at once
+        parts = [samples[k : k + 32] for k in range(0, len(samples), 32)]  # it takes at most 63
+        samples = np.concatenate([decoder.run(None, {"x": part})[0] for part in parts])
     np.save(FOLDER / "samples.npy", samples)
     print(f"{len(samples)} samples of shape {tuple(samples.shape[1:])}: {FOLDER / 'samples.npy'}")

@@ -53,6 +53,8 @@ if __name__ == "__main__":
     samples = sample(net, info, noise, cond)
     if info["decoder"]:
         with torch.no_grad():
-            samples = torch.export.load(FOLDER / info["decoder"]).module()(samples)  # at most 63 at once
+            decode = torch.export.load(FOLDER / info["decoder"]).module()
+            parts = [samples[k : k + 32] for k in range(0, len(samples), 32)]  # it takes at most 63
+            samples = torch.cat([decode(part) for part in parts])
     torch.save(samples, FOLDER / "samples.pt")
     print(f"{len(samples)} samples of shape {tuple(samples.shape[1:])}: {FOLDER / 'samples.pt'}")
