@@ -137,7 +137,7 @@ def report_rows(data: "BaseDataModule", folder: Path) -> int:
     from src.data.column_types import parse_column
     from src.data.columns import Column
     from src.data.table import TableDataModule
-    from src.viz.charts import marginals
+    from src.viz.distributions import marginals
 
     parts = [data.preprocess(data.fetch(indices)[0]) for indices in (data.train_indices, data.val_indices)]
     train, val = (data.postprocess(part).double() for part in parts)
@@ -191,7 +191,7 @@ def write_pictures(data: "ImageDataModule", folder: Path, print_channels: bool) 
     """Write a grid of training samples as the network sees them, and a histogram of their values; print statistics."""
     from src.data.column_summary import summarize_columns
     from src.data.columns import Column
-    from src.viz.charts import value_histogram
+    from src.viz.distributions import value_histogram
     from src.viz.images import image_grid
 
     count = min(64, len(data.train_indices))

@@ -173,14 +173,14 @@ def evaluate_analytic(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     steps = list(cfg.analytic_steps)
     from src.evaluation.reports import format_sampler_errors
     from src.evaluation.sampler_accuracy import compare_samplers
-    from src.viz import charts
+    from src.viz import line_plots
 
     results, sampling_error = compare_samplers(data, schedule, samplers, steps, cfg.analytic_samples, cfg.seed)
     text = format_sampler_errors(results, steps, sampling_error, grid)
     start_output(folder)
     (folder / "samplers.txt").write_text(f"{text}\n")
     errors = {name: (r.evaluations, r.flow, r.moments) for name, r in results.items()}
-    charts.sampler_errors(errors, sampling_error).save(folder / "samplers.png")
+    line_plots.sampler_errors(errors, sampling_error).save(folder / "samplers.png")
     print(f"{text}\nPlot: {relative(folder / 'samplers.png')}")
     return {
         "steps": steps,

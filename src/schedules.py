@@ -34,7 +34,7 @@ def show_schedules(cfg: DictConfig) -> Path:
     from src.rng import StepRng
     from src.runs.components import build_schedule
     from src.runs.nodes import inline_aliases, instantiate_node
-    from src.viz import charts, images
+    from src.viz import figures, images, line_plots
 
     tables = {}
     with usage_errors():
@@ -67,10 +67,10 @@ def show_schedules(cfg: DictConfig) -> Path:
 
     folder = start_output(Path(cfg.run_dir))
     (folder / "schedules.txt").write_text(table + "\n")
-    charts.schedule_curves(curves).save(folder / "schedules.png")
+    line_plots.schedule_curves(curves).save(folder / "schedules.png")
     # One row per schedule, from clean data to the last step, all with the same noise.
     eps = StepRng(cfg.seed, 0, 0, 1, image.device).normal("eps", image.shape[1:])
-    shown = [-1, *charts.evenly_spaced_indices(cfg.num_steps, cfg.frames - 1)]
+    shown = [-1, *figures.evenly_spaced_indices(cfg.num_steps, cfg.frames - 1)]
     strips = [torch.cat([_noised(image, eps, s.row(t)) for t in shown]) for s in tables.values()]
     images.labeled_rows([data.postprocess(row) for row in strips], list(tables)).save(folder / "noising.png")
     print(f"Look at {folder / 'schedules.png'} and {folder / 'noising.png'}")

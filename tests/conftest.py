@@ -69,7 +69,7 @@ def train_tiny(folder: Path, *overrides: str, curves: bool = False) -> dict[str,
 
     settings = [*TINY, "trainer.max_steps=6", "validate_every=3", "checkpoint_every=100", f"run_dir='{folder}'"]
     cfg = compose("train", *settings, *overrides)
-    with nullcontext() if curves else patch("src.viz.charts.loss_curves", lambda logs: None):
+    with nullcontext() if curves else patch("src.viz.line_plots.loss_curves", lambda logs: None):
         return train(cfg)
 
 

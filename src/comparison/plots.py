@@ -11,7 +11,8 @@ from PIL import Image
 from src.comparison.report import Report
 from src.comparison.statistics import Ranking
 from src.evaluation.likelihood import SPECTRUM
-from src.viz import charts, figures, images
+from src.viz import distributions, figures, images
+from src.viz.line_plots import LOWER_IS_BETTER
 from src.viz.tables import metric_title
 
 BAND = {"alpha": 0.18, "linewidth": 0}
@@ -82,7 +83,7 @@ def _error_chart(report: Report, relative: bool) -> bytes:
         axes.axhline(1, color="0.5", linewidth=0.8)
     title = "Relative error of the predicted noise" if relative else "Error of the predicted noise"
     label = "error / geometric mean of groups" if relative else "mean squared error"
-    axes.set(title=title, xlabel="log-SNR (noise left, data right)", ylabel=f"{label} {charts.LOWER_IS_BETTER}")
+    axes.set(title=title, xlabel="log-SNR (noise left, data right)", ylabel=f"{label} {LOWER_IS_BETTER}")
     return _finish(figure, axes)
 
 
@@ -103,7 +104,7 @@ def _training_chart(report: Report, name: str) -> bytes:
         style |= {} if len(line) < 15 else {"marker": ""}
         axes.plot(line, label=report.groups[k].label, linewidth=1.4, markersize=3, **style)
     title = "Training loss (smoothed)" if name == "train/loss" else "Validation loss"
-    axes.set(title=title, xlabel="step", ylabel=f"{name} {charts.LOWER_IS_BETTER}")
+    axes.set(title=title, xlabel="step", ylabel=f"{name} {LOWER_IS_BETTER}")
     return _finish(figure, axes)
 
 
@@ -134,8 +135,8 @@ def _sample_chart(report: Report) -> bytes | None:
     if report.real.ndim > 2:
         count = min(map(len, rows.values()))
         return _png(images.labeled_rows([row[:count] for row in rows.values()], list(rows), cell=32))
-    limits = charts.axis_limits(report.real) if report.real.shape[1] > 1 else None
-    plots = [images.add_title(charts.scatter(row, limits=limits, size=2.6), name) for name, row in rows.items()]
+    limits = distributions.axis_limits(report.real) if report.real.shape[1] > 1 else None
+    plots = [images.add_title(distributions.scatter(row, limits=limits, size=2.6), name) for name, row in rows.items()]
     return _png(images.tile(plots, columns=4))
 
 

@@ -19,7 +19,7 @@ from src.comparison.statistics import Pair, Ranking
 from src.comparison.survey import SurveyedRun
 from src.distributed.processes import Processes
 from src.training.provenance import code_version, device_name
-from src.viz.charts import read_logs
+from src.viz.line_plots import read_logs
 from src.viz.tables import direction_arrow, format_number, markdown_table, metric_title
 
 COSTS = {

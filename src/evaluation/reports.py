@@ -29,7 +29,7 @@ from src.metrics.classifier import Classifier
 from src.metrics.confidence import Metric, wilson
 from src.metrics.tables import association_error, associations, closer_to_training, marginal_distances
 from src.training.module import DiffusionModule, Sampler
-from src.viz import charts, images
+from src.viz import distributions, images, line_plots
 from src.viz.tables import markdown_table, strip_sample_count
 
 PLOTTED = (
@@ -109,7 +109,7 @@ def evaluate_bound(
     metrics["divergences"] = metrics["bits_per_dim"] - metrics["prior"] - metrics["decoder"]
     if processes.rank == 0:
         log_snr = torch.stack([module.schedule.row(t).snr.log() for t in range(module.schedule.num_steps)])
-        charts.bound_curves(result.terms, result.mse, log_snr).save(folder / "bound.png")
+        line_plots.bound_curves(result.terms, result.mse, log_snr).save(folder / "bound.png")
     return metrics
 
 
@@ -168,7 +168,7 @@ def save_samples(
     real = data.displayed_examples(NUM_SHOWN)
     if real.ndim == 2:
         val = data.displayed_examples(2000)
-        plots = [images.add_title(charts.scatter(each.first, val), name) for name, each in generated.items()]
+        plots = [images.add_title(distributions.scatter(each.first, val), name) for name, each in generated.items()]
         images.tile(plots).save(folder / "samples.png")
         return
     rows = [*(each.first for each in generated.values()), real]
@@ -190,7 +190,7 @@ def save_class_frequencies(folder: Path, evaluator: SampleEvaluator, generated: 
     for name, each in {"real data": evaluator.reference, **{k: g.collected for k, g in generated.items()}}.items():
         p = each["classifier"].probabilities
         shares[name] = [wilson(int(count), len(p)) for count in p.argmax(1).bincount(minlength=len(names))]
-    charts.class_frequencies(names, shares).save(folder / "classes.png")
+    distributions.class_frequencies(names, shares).save(folder / "classes.png")
 
 
 def table_report(folder: Path, data: TableDataModule, samples: Tensor) -> dict[str, Any]:
@@ -203,10 +203,10 @@ def table_report(folder: Path, data: TableDataModule, samples: Tensor) -> dict[s
     kinds = data.num_categories
     names = [column.name for column in data.encoders]
     categories = [column.category_names for column in data.encoders]
-    charts.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
+    distributions.marginals(samples, val, data.columns or names, categories).save(folder / "columns.png")
     ours, real, of_baseline = (associations(rows, kinds) for rows in (samples, val, baseline))
     if len(names) > 1:
-        charts.association_matrices(ours, real, names).save(folder / "associations.png")
+        distributions.association_matrices(ours, real, names).save(folder / "associations.png")
     distances = (marginal_distances(rows, val, kinds) for rows in (samples, baseline))
     nearer = closer_to_training(*(values_of(data)(rows).features for rows in (samples, train, val)))
     return {
@@ -238,7 +238,7 @@ def save_quality_curves(
     for (name, samples), each in zip(generated.items(), measured, strict=True):
         label = name.replace(f" {samplers[name].steps}", "", 1)
         curves.setdefault(label, []).append((samples.calls, [each.metrics[title] for title in titles]))
-    plot = charts.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
+    plot = line_plots.quality_against_cost(titles, curves, [baselines[strip_sample_count(title)] for title in titles])
     plot.save(folder / "quality.png")
 
 
@@ -260,7 +260,7 @@ def evaluate_alignment(
     accuracy = share_correct(benchmark.detector_accuracy).value
     curves = {group: diversity_curve(by_scale) for group, by_scale in result.groups.items()}
     if any(curves.values()):  # a prompt with one real image, such as a glyph, has no diversity
-        charts.alignment_against_diversity(curves, accuracy).save(folder / "alignment.png")
+        line_plots.alignment_against_diversity(curves, accuracy).save(folder / "alignment.png")
     scale = best_scale(result.groups)
     titles, rows = zip(*result.examples[scale], strict=True)
     images.add_title(images.titled_grids(rows, titles), f"prompts, at guidance {scale:g}").save(folder / "prompts.png")

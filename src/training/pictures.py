@@ -15,8 +15,8 @@ from src.metrics.neighbors import Nearest, nearest_neighbors
 from src.training.autoencoder import AutoencoderModule
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
-from src.viz import charts, images
-from src.viz.charts import evenly_spaced_indices
+from src.viz import images, line_plots
+from src.viz.figures import evenly_spaced_indices
 
 MAX_DECODED = 40
 """Steps of a trajectory of latents that are decoded, as many as an animation shows."""
@@ -94,7 +94,7 @@ def save_pictures(
     _save(directory, trainer, pictures)
     images.save_gif(trajectory.frames, directory / "samples" / "trajectory.gif")
     if (table := directory / "loss_by_noise.csv").exists():  # already logged
-        charts.loss_by_noise(table).save(table.with_suffix(".png"))
+        line_plots.loss_by_noise(table).save(table.with_suffix(".png"))
 
 
 def save_reconstructions(directory: Path, trainer: L.Trainer, module: AutoencoderModule, data: BaseDataModule) -> None:
@@ -117,7 +117,7 @@ def draw_reconstructions(module: AutoencoderModule, data: BaseDataModule, count:
 
 def _save(directory: Path, trainer: L.Trainer, pictures: dict[str, Image.Image]) -> None:
     """Save and log pictures by their names, and the curves."""
-    if curves := charts.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
+    if curves := line_plots.loss_curves(sorted((directory / "logs").glob("version_*/metrics.csv"))):
         pictures = {**pictures, "curves": curves}
     (directory / "samples").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():

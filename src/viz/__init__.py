@@ -1,1 +1,1 @@
-"""Image grids, charts and tables."""
+"""Image grids, plots and tables."""

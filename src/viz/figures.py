@@ -15,12 +15,19 @@ if TYPE_CHECKING:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 """Palette of Okabe and Ito 2008 for color-blind readers, without yellow, which is too light for lines."""
 LINE_STYLES, MARKERS = ("-", "--", ":"), ("o", "s", "^")
+Interval = tuple[float, float, float]
+"""A value and its confidence limits (value, low, high), such as a `metrics.confidence.Metric`."""
 
 
 def series_style(k: int) -> dict[str, Any]:
     """Return color, line style and marker for series k; the first 21 differ from each other."""
     cycle = k // len(COLORS) % len(LINE_STYLES)
     return {"color": COLORS[k % len(COLORS)], "linestyle": LINE_STYLES[cycle], "marker": MARKERS[cycle]}
+
+
+def evenly_spaced_indices(length: int, count: int) -> list[int]:
+    """Return up to `count` indices spread over 0..length - 1, including both ends."""
+    return sorted({round(i) for i in np.linspace(0, length - 1, min(count, length))})
 
 
 def error_bars(intervals: np.ndarray) -> np.ndarray:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from src.viz.charts import axis_limits, evenly_spaced_indices, pair_plot, scatter
-from src.viz.figures import COLORS
+from src.viz.distributions import axis_limits, pair_plot, scatter
+from src.viz.figures import COLORS, evenly_spaced_indices
 from src.viz.fonts import font_for
 from src.viz.tables import format_number
 

@@ -17,7 +17,7 @@ from src.config.resume import check_saved
 from src.sample import sample
 from src.train import train
 from src.training.checkpoints import exportable_settings, read_checkpoint
-from src.viz import charts, images
+from src.viz import distributions, images
 from tests.conftest import compose
 
 
@@ -249,7 +249,7 @@ def test_tables_of_any_width_are_drawn(features):
     assert len(set(picture.convert("L").tobytes())) > 20
     assert images.draw_trajectory([x, x]).width > 0
     if features > 1:
-        (left, right), (bottom, top) = charts.axis_limits(x)
+        (left, right), (bottom, top) = distributions.axis_limits(x)
         inside = (x[:, 0] > left) & (x[:, 0] < right) & (x[:, 1] > bottom) & (x[:, 1] < top)
         assert inside.float().mean() > 0.98
         assert right - left < 10 * units[0] and top - bottom < 10 * units[1]
@@ -258,10 +258,10 @@ def test_tables_of_any_width_are_drawn(features):
 
 def test_points_are_drawn_on_a_centered_square():
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
-    across, up = charts.axis_limits(x)
+    across, up = distributions.axis_limits(x)
     assert across == up and across[0] == -across[1]
-    assert charts.axis_limits(torch.full((3, 2), torch.nan)) == ((-1, 1), (-1, 1))
-    assert charts.axis_limits(torch.ones(3, 2))[0] == (0, 2)
+    assert distributions.axis_limits(torch.full((3, 2), torch.nan)) == ((-1, 1), (-1, 1))
+    assert distributions.axis_limits(torch.ones(3, 2))[0] == (0, 2)
 
 
 def test_a_column_far_from_zero_is_drawn():
@@ -269,7 +269,7 @@ def test_a_column_far_from_zero_is_drawn():
     far = 1e9 + torch.arange(200, dtype=torch.float64)[:, None] * 1e-3
     for x in (far, torch.full((50, 1), 1e17, dtype=torch.float64), torch.cat([far, far, far], dim=1)):
         assert len(set(images.draw_samples(x, real=x).convert("L").tobytes())) > 5
-    (left, right), _ = charts.axis_limits(far.repeat(1, 2))
+    (left, right), _ = distributions.axis_limits(far.repeat(1, 2))
     assert left < 1e9 < right < 1e9 + 1
 
 

@@ -24,7 +24,7 @@ from src.runs.build import build
 from src.runs.open import open_run
 from src.training.checkpoints import read_checkpoint
 from src.training.provenance import code_version
-from src.viz import charts
+from src.viz import line_plots
 from tests.conftest import LOSS_BY_NOISE, TINY, compose, cut_network, train_tiny
 from tests.wandb_file import Offline, read_offline
 
@@ -299,7 +299,7 @@ def test_heat_map_of_one_or_empty_rows_is_drawn(tmp_path):
     path = tmp_path / "loss_by_noise.csv"
     for lines in (["3,1.0,0.5,4"], ["3,1.0,,0", "3,2.0,,0"], ["3,1.0,-0.5,4", "3,2.0,0.5,4", "6,1.0,1,1", "6,2.0,1,1"]):
         path.write_text("\n".join(["step,log_snr,loss,samples", *lines]))
-        assert charts.loss_by_noise(path).width > 500
+        assert line_plots.loss_by_noise(path).width > 500
 
 
 def test_comparison_is_a_table_in_the_sweeps_group(tmp_path, monkeypatch):

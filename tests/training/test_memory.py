@@ -191,7 +191,7 @@ from src.training.checkpoints import read_checkpoint
 from src.errors import UsageError
 from src.train import train
 from src.sample import sample
-import src.runs.build, src.training.memory, src.runs.out_of_memory, src.viz.charts
+import src.runs.build, src.training.memory, src.runs.out_of_memory, src.viz.distributions, src.viz.line_plots
 import src.training.callbacks.nan_guard, src.data.images, src.models.unet
 import torch._subclasses.fake_tensor, torch.distributed._tools.mem_tracker
 from tests.conftest import compose

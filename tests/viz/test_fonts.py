@@ -8,7 +8,7 @@ import torch
 from matplotlib.font_manager import FontEntry, fontManager
 from PIL import Image
 
-from src.viz import charts
+from src.viz import distributions
 from src.viz.fonts import font_for
 from src.viz.images import add_title
 
@@ -43,7 +43,7 @@ def test_text_is_drawn_by_a_font_that_has_it(monkeypatch):
 def drawn_columns(name: str, category: str) -> np.ndarray:
     """Draw a column of numbers and one of categories, with a legend."""
     values = torch.tensor([[0.5, 0.0], [1.5, 1.0]])
-    picture = charts.marginals(values, values, [name, "b"], [[], [category, "other"]], (category, name))
+    picture = distributions.marginals(values, values, [name, "b"], [[], [category, "other"]], (category, name))
     return np.asarray(picture, dtype=int)
 
 

@@ -15,7 +15,7 @@ from src.diffusion.noise import Schedule
 from src.training.checkpoint_io import tolerate_full_disk
 from src.training.loggers import log_picture, show_pictures
 from src.training.module import DiffusionModule
-from src.viz import charts
+from src.viz import line_plots
 
 MAX_LOG_SNR = 15.0  # bound of the bins' range: sigma / alpha is 1800 at -15
 
@@ -108,7 +108,7 @@ class LossByNoise(L.Callback):
             csv.writer(text).writerows([self.HEADER, *(line for row in self._history for line in self._lines(row))])
             write_atomically(self.path, text.getvalue().encode())
             if show_pictures(trainer):
-                log_picture(trainer, "loss_by_noise", charts.loss_by_noise(self.path))
+                log_picture(trainer, "loss_by_noise", line_plots.loss_by_noise(self.path))
 
     def _lines(self, row: tuple[int, list[float], list[float]]) -> list[tuple[int, float, float | None, int]]:
         """Return step, center, mean loss (None without samples) and number of samples of each bin."""

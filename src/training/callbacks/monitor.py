@@ -19,7 +19,7 @@ from src.training.lightning_internals import FirstLearningRateMonitor, close_pro
 from src.training.loggers import log_hparams, log_picture, log_values, show_pictures
 from src.training.module import DiffusionModule
 from src.training.provenance import code_version, environment
-from src.viz import charts
+from src.viz import line_plots
 
 SECONDS_PER_LINE = 10.0
 
@@ -132,7 +132,7 @@ def schedule_picture(schedule: Schedule) -> Any:
     norm = torch.hypot(alpha, sigma)
     alpha, sigma = alpha / norm, sigma / norm
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha[:-1]])
-    return charts.schedule_curves({"this run": (1 - (alpha / before).square(), alpha, sigma)})
+    return line_plots.schedule_curves({"this run": (1 - (alpha / before).square(), alpha, sigma)})
 
 
 class Throughput(L.Callback):

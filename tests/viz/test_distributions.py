@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.viz.charts import association_matrices, marginals
+from src.viz.distributions import association_matrices, marginals
 from src.viz.figures import histogram_bins
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.viz import charts, figures, images
+from src.viz import distributions, figures, images, line_plots
 
 INTERVAL = (0.5, 0.4, 0.6)
 
@@ -15,10 +15,11 @@ INTERVAL = (0.5, 0.4, 0.6)
 @pytest.fixture
 def drawn(monkeypatch):
     """Collect the figures that are rendered."""
-    figures = []
-    render = charts.render_figure
-    monkeypatch.setattr(charts, "render_figure", lambda figure: figures.append(figure) or render(figure))
-    return figures
+    collected = []
+    render = figures.render_figure
+    for module in (line_plots, distributions):
+        monkeypatch.setattr(module, "render_figure", lambda figure: collected.append(figure) or render(figure))
+    return collected
 
 
 def test_first_21_series_differ():
@@ -59,19 +60,21 @@ def test_training_curves_share_their_steps(tmp_path, drawn):
         writer.writeheader()
         writer.writerows({"step": k, "train/loss": 1 / (k + 1)} for k in range(20))
         writer.writerow({"step": 19, "val/loss": 0.1})
-    assert charts.loss_curves([log]) is not None
+    assert line_plots.loss_curves([log]) is not None
     first, second = drawn[0].axes
     assert first.get_xlim() == second.get_xlim() and first.get_title()
-    assert charts.loss_curves([]) is None
+    assert line_plots.loss_curves([]) is None
 
 
 def test_charts_have_titles_and_labels(drawn):
     t = torch.linspace(0.01, 0.99, 50)
-    charts.schedule_curves({f"s{k}": (t, (1 - t).sqrt(), t.sqrt()) for k in range(14)})
-    charts.bound_curves(torch.tensor([-0.1, math.nan, *[0.01] * 48]), t, torch.linspace(9, -9, 50))
-    charts.sampler_errors({"ddim": ([5, 50], [0.1, 0.01], [0.2, 0.02]), "ancestral": ([5, 50], [], [0.3, 0.1])}, 0.01)
-    charts.alignment_against_diversity({"all": [(1.0, INTERVAL, INTERVAL)]}, 0.9)
-    charts.class_frequencies(["0", "1"], {"real data": [INTERVAL] * 2, "ddim 5": [INTERVAL] * 2})
+    line_plots.schedule_curves({f"s{k}": (t, (1 - t).sqrt(), t.sqrt()) for k in range(14)})
+    line_plots.bound_curves(torch.tensor([-0.1, math.nan, *[0.01] * 48]), t, torch.linspace(9, -9, 50))
+    line_plots.sampler_errors(
+        {"ddim": ([5, 50], [0.1, 0.01], [0.2, 0.02]), "ancestral": ([5, 50], [], [0.3, 0.1])}, 0.01
+    )
+    line_plots.alignment_against_diversity({"all": [(1.0, INTERVAL, INTERVAL)]}, 0.9)
+    distributions.class_frequencies(["0", "1"], {"real data": [INTERVAL] * 2, "ddim 5": [INTERVAL] * 2})
     for figure in drawn:
         for axes in figure.axes:
             assert axes.get_title() and axes.get_xlabel() and axes.get_ylabel()
@@ -80,7 +83,7 @@ def test_charts_have_titles_and_labels(drawn):
 
 def test_quality_chart_tells_direction(drawn):
     curves = {"ddim": [(5, [INTERVAL, INTERVAL]), (50, [INTERVAL, INTERVAL])]}
-    charts.quality_against_cost(["fd_pixels_1k", "recall_pixels_1k"], curves, [INTERVAL, INTERVAL])
+    line_plots.quality_against_cost(["fd_pixels_1k", "recall_pixels_1k"], curves, [INTERVAL, INTERVAL])
     left, right = (axes.get_ylabel() for axes in drawn[0].axes)
     assert "lower is better" in left and "higher is better" in right
 
@@ -104,5 +107,5 @@ def test_grid_of_classes_is_nearly_square(num_classes):
 
 
 def test_evenly_spaced_indices_include_both_ends():
-    assert charts.evenly_spaced_indices(100, 5) == [0, 25, 50, 74, 99]
-    assert charts.evenly_spaced_indices(3, 5) == [0, 1, 2]
+    assert figures.evenly_spaced_indices(100, 5) == [0, 25, 50, 74, 99]
+    assert figures.evenly_spaced_indices(3, 5) == [0, 1, 2]
