@@ -61,10 +61,7 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
         processes = start_processes(device, cfg.devices, cfg.num_nodes)
         first.data.setup()
         check_num_val(cfg.reverse_variance, count_val(first.data, cfg), "reverse_variance")
-    with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
-        data_errors(),
-    ):
+    with memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)), data_errors():
         measurements = measure_all(runs, samplers, first, cfg, settings, processes)
     if processes.rank > 0:
         return {}

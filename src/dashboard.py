@@ -63,10 +63,7 @@ def sections() -> dict[str, list[Any]]:
             line("gradient norm, before clipping", "train/grad_norm", log=True),
             line("learning rate", "lr"),
         ],
-        "Loss by noise level": [
-            media("training loss by log-SNR", "loss_by_noise"),
-            media("schedule", "schedule"),
-        ],
+        "Loss by noise level": [media("training loss by log-SNR", "loss_by_noise"), media("schedule", "schedule")],
         "Throughput": [
             line("samples per second, of the global batch", "speed/samples_per_second"),
             line("steps per second", "speed/steps_per_second"),

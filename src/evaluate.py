@@ -93,10 +93,7 @@ def evaluate_run(cfg: DictConfig, folder: Path, part: str = "") -> dict[str, Any
     from src.evaluation.reports import evaluate_quality
 
     module = opened.module
-    with (
-        memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)),
-        data_errors(),
-    ):
+    with memory_errors(lambda: out_of_memory.sampling_oom_message(cfg.batch_size, processes.device)), data_errors():
         opened.to(processes.device)
         metrics: dict[str, Any] = {"checkpoint": str(opened.checkpoint)}
         # Build evaluators first: they reject invalid settings and an inaccurate detector.

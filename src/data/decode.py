@@ -4,17 +4,16 @@ import io
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-
-if TYPE_CHECKING:
-    from tifffile import TiffFile
+from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
+from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile
 
 Array = npt.NDArray[Any]
 Pages = Literal["first", "channels", "samples"]
@@ -28,6 +27,8 @@ NETPBM_HEADER = re.compile(rb"P([56])\s(?:\s*#.*\n)*\s*(\d+)\s+(?:#.*\n)*(\d+)\s
 """The header of a binary PGM (5) or PPM (6): width, height and largest value, with comments."""
 ONLY_TIFFFILE = {33003, 33004, 33005, 34712, 50001, 50002}
 """Compressions of TIFF that Pillow does not decode: JPEG 2000 (four numbers), WebP and JPEG XL."""
+ORIENTATIONS = ((0, 0), (0, 0), (1, 0), (0, 2), (1, 2), (1, 1), (0, 3), (1, 3), (0, 1))
+"""What turns an array (H, W, C) upright, by the tag 1 to 8 of TIFF and EXIF: a mirrored width, then quarter turns."""
 NOT_IMAGES = {".bufr", ".emf", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps", ".wmf"}
 """Suffixes that Pillow registers for formats that it does not decode into pixels by itself."""
 
@@ -47,6 +48,11 @@ class Decoded(NamedTuple):
     size: tuple[int, int]
     frames: int = 1
 
+    @classmethod
+    def of(cls, pixels: Array, alpha: bool = False, is_rgb: bool = False) -> "Decoded":
+        """Return the only image of a file, at full size."""
+        return cls(pixels, alpha, is_rgb, (pixels.shape[1], pixels.shape[0]))
+
 
 @cache
 def image_suffixes() -> frozenset[str]:
@@ -59,9 +65,8 @@ def image_suffixes() -> frozenset[str]:
 
 def looks_like_image(file: Path) -> bool:
     """Return whether the contents of a file of any name are those of an image. Reads only the header."""
-    _register_plugins()
     try:
-        with Image.open(file):
+        with _open(file):
             return True
     except Exception:  # decoders raise almost anything on other contents
         return False
@@ -139,16 +144,10 @@ def _from_array(array: Array, channels: int) -> Decoded:
     planar = array.ndim == 3 and array.shape[2] != channels
     if planar and (array.shape[0] == channels or array.shape[0] < min(array.shape[1:])):
         array = array.transpose(1, 2, 0)
-    pixels = _channels_last(array)
-    return Decoded(pixels, False, False, (pixels.shape[1], pixels.shape[0]))
-
-
-def _channels_last(array: Array) -> Array:
-    """Return (H, W) or (H, W, C) as (H, W, C). Raises ValueError for other shapes and empty arrays."""
     if array.ndim not in (2, 3) or not array.size:
         fix = "; use data=array, for signals, volumes, and files of all samples" if array.size else ""
         raise ValueError(f"its shape is {array.shape}, not (height, width) or (height, width, channels){fix}")
-    return array[..., None] if array.ndim == 2 else array
+    return Decoded.of(np.atleast_3d(array))
 
 
 def _from_png16(contents: bytes) -> Decoded:
@@ -158,8 +157,7 @@ def _from_png16(contents: bytes) -> Decoded:
 
     stored = torch.frombuffer(bytearray(contents), dtype=torch.uint8)
     pixels = decode_image(stored, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
-    height, width, channels = pixels.shape
-    return Decoded(pixels, channels in (2, 4), channels > 2, (width, height))
+    return Decoded.of(pixels, pixels.shape[2] in (2, 4), pixels.shape[2] > 2)
 
 
 def _from_netpbm16(contents: bytes) -> Decoded:
@@ -168,7 +166,7 @@ def _from_netpbm16(contents: bytes) -> Decoded:
     assert header is not None
     shape = int(header[3]), int(header[2]), 1 if header[1] == b"5" else 3
     values = np.frombuffer(contents, ">u2", count=math.prod(shape), offset=header.end())
-    return Decoded(values.astype(np.uint16).reshape(shape), False, shape[2] == 3, (shape[1], shape[0]))
+    return Decoded.of(values.astype(np.uint16).reshape(shape), is_rgb=shape[2] == 3)
 
 
 def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
@@ -177,8 +175,6 @@ def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
     Raises as `decode` does.
     """
     if _kind(stream) == "tiff":
-        from tifffile import TiffFile
-
         with TiffFile(stream) as tiff:
             frames = _pillow_frames(stream) if _is_plain(tiff) else iter(list(_tiff_frames(tiff)))
     else:
@@ -192,23 +188,20 @@ def count_frames(stream: BinaryIO) -> int:
     if kind in ("numpy", "png16", "netpbm16"):
         return 1
     if kind == "tiff":
-        from tifffile import TiffFile
-
         with TiffFile(stream) as tiff:
             if not _is_plain(tiff):
                 return sum(math.prod(each.shape[k] for k in _stacked(each.axes)) for each in tiff.series)
     stream.seek(0)
-    _register_plugins()
     try:
-        with Image.open(stream) as image:
-            count = int(getattr(image, "n_frames", 1))
+        with _open(stream) as image:
+            return int(getattr(image, "n_frames", 1))
     except UnidentifiedImageError:  # `decode` has the reason
-        count = 1
-    stream.seek(0)
-    return count
+        return 1
+    finally:
+        stream.seek(0)
 
 
-def _is_plain(tiff: "TiffFile") -> bool:
+def _is_plain(tiff: TiffFile) -> bool:
     """Return whether a TIFF has ordinary 8-bit images, which Pillow decodes as well."""
     page = tiff.pages.first
     alpha = _has_alpha(page)
@@ -219,15 +212,11 @@ def _is_plain(tiff: "TiffFile") -> bool:
 
 
 def _has_alpha(page: Any) -> bool:
-    from tifffile import EXTRASAMPLE
-
     return bool(page.extrasamples) and page.extrasamples[-1] in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 
 
 def _from_tiff(stream: BinaryIO, pages: Pages) -> Decoded:
     """Decode a TIFF by Pillow if it is an ordinary 8-bit image, else by tifffile."""
-    from tifffile import TiffFile
-
     with TiffFile(stream) as tiff:
         count = len(tiff.pages)
         if _is_plain(tiff) and pages != "channels":
@@ -251,13 +240,11 @@ def _stacked(axes: str) -> list[int]:
     return [k for k, axis in enumerate(axes) if axis not in "YXSC"]
 
 
-def _tiff_frames(tiff: "TiffFile", as_channels: bool = False) -> Iterator[Decoded]:
+def _tiff_frames(tiff: TiffFile, as_channels: bool = False) -> Iterator[Decoded]:
     """Yield the images in a TIFF, or all of its first series as the channels of one."""
-    from tifffile import PHOTOMETRIC
-
     for series in tiff.series:
         array, axes, page = series.asarray(), series.axes, series.keyframe
-        turned = _UPRIGHT[int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1]
+        mirrored, turns = ORIENTATIONS[int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1]
         alpha = _has_alpha(page)
         rgb = page.photometric == PHOTOMETRIC.RGB and page.samplesperpixel == 3 + alpha
         order = [*_stacked(axes), *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
@@ -270,29 +257,15 @@ def _tiff_frames(tiff: "TiffFile", as_channels: bool = False) -> Iterator[Decode
         frames = 1 if as_channels else math.prod(array.shape[: len(_stacked(axes))])
         channels_used = as_channels or "C" in axes
         for frame in array.reshape(frames, -1, *array.shape[-2:]):
-            pixels = turned(frame.transpose(1, 2, 0))
+            pixels = frame.transpose(1, 2, 0)
+            pixels = np.rot90(pixels[:, ::-1] if mirrored else pixels, turns)
             pixels = np.iinfo(pixels.dtype).max - pixels if inverted else pixels
-            size = pixels.shape[1], pixels.shape[0]
-            yield Decoded(pixels, alpha and not channels_used, rgb and not channels_used, size)
-
-
-_UPRIGHT: Sequence[Callable[[Array], Array]] = (
-    *[lambda a: a] * 2,
-    lambda a: a[:, ::-1],
-    lambda a: a[::-1, ::-1],
-    lambda a: a[::-1],
-    lambda a: a.swapaxes(0, 1),
-    lambda a: np.rot90(a, -1),
-    lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    lambda a: np.rot90(a),
-)
-"""The operation that turns an array (H, W, C) upright, by the orientation tag 1 to 8 of TIFF and EXIF."""
+            yield Decoded.of(pixels, alpha and not channels_used, rgb and not channels_used)
 
 
 def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decoded:
-    _register_plugins()
     try:
-        image = Image.open(stream)
+        image = _open(stream)
     except UnidentifiedImageError as error:
         stream.seek(4)
         heif = stream.read(8) in HEIF_BRANDS and "HEIF" not in Image.OPEN
@@ -302,10 +275,7 @@ def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decode
         if at_least is not None and image.format == "JPEG":
             image.draft(None, (at_least, at_least))
         if pages == "channels" and frames > 1:
-            parts = []
-            for k in range(frames):
-                image.seek(k)
-                parts.append(_pixels(image)[0])
+            parts = [_pixels(frame)[0] for frame in ImageSequence.Iterator(image)]
             return Decoded(np.concatenate(parts, axis=-1), False, False, size)
         decoded = from_pillow(image)
     height, width = decoded.pixels.shape[:2]
@@ -314,18 +284,15 @@ def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decode
 
 
 def _pillow_frames(stream: BinaryIO) -> Iterator[Decoded]:
-    _register_plugins()
     stream.seek(0)
-    with Image.open(stream) as image:
-        for k in range(getattr(image, "n_frames", 1)):
-            image.seek(k)
-            yield from_pillow(image)
+    with _open(stream) as image:
+        yield from map(from_pillow, ImageSequence.Iterator(image))
 
 
 def from_pillow(image: Image.Image) -> Decoded:
     """Return the current frame of an image that Pillow opened."""
     pixels, alpha = _pixels(image)
-    return Decoded(pixels, alpha, pixels.shape[-1] - alpha == 3, (pixels.shape[1], pixels.shape[0]))
+    return Decoded.of(pixels, alpha, pixels.shape[-1] - alpha == 3)
 
 
 def _pixels(image: Image.Image) -> tuple[Array, bool]:
@@ -343,8 +310,7 @@ def _pixels(image: Image.Image) -> tuple[Array, bool]:
     if image.mode != mode:
         # Pillow converts a transparent color of gray images only to RGBA.
         image = image.convert("RGBA").convert("LA") if mode == "LA" and image.mode != "La" else image.convert(mode)
-    array = np.asarray(image)
-    return (array[..., None] if array.ndim == 2 else array), alpha
+    return np.atleast_3d(np.asarray(image)), alpha
 
 
 def _to_srgb(image: Image.Image, profile: bytes, alpha: bool) -> Image.Image:
@@ -364,11 +330,15 @@ def _to_srgb(image: Image.Image, profile: bytes, alpha: bool) -> Image.Image:
     return converted
 
 
+def _open(file: Path | BinaryIO) -> Image.Image:
+    _register_plugins()
+    return Image.open(file)
+
+
 @cache
 def _register_plugins() -> None:
     """Let Pillow open HEIC files if pillow-heif is installed."""
-    try:
+    with suppress(ImportError):
         from pillow_heif import register_heif_opener
-    except ImportError:
-        return
-    register_heif_opener()
+
+        register_heif_opener()

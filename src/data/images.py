@@ -179,16 +179,15 @@ class ImageDataModule(BaseDataModule):
     def display(self, samples: Tensor) -> Tensor:
         return samples if self._scaled else self.postprocess(self.preprocess(samples))
 
-    def augment(self, x: Tensor, rng: StepRng) -> Tensor:
+    def augment(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
         if self.flip:
             x = horizontal_flip(x, rng)
         if self.vertical_flip:
             x = vertical_flip(x, rng)
         if self.rotations:
             x = rotate(x, rng)
-        return self.color_jitter(x, rng) if any(self.color_jitter) else x
-
-    def augment_with_labels(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
+        if any(self.color_jitter):
+            x = self.color_jitter(x, rng)
         return (x, None) if self.edm is None else self.edm(x, rng)
 
     def _warn_about_captions(self) -> None:

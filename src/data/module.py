@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -61,7 +61,7 @@ class BaseDataModule(L.LightningDataModule):
     limit_val_batches: int | float = 1.0
     """The number of validation batches, or a fraction of them."""
     augment_labels: int = 0
-    """The number of labels that `augment_with_labels` returns; 0 for none."""
+    """The number of labels that `augment` returns; 0 for none."""
     balance_classes: bool = False
     """Whether each training sample comes from a class that is drawn uniformly."""
     coupling: Coupling = "independent"
@@ -214,25 +214,19 @@ class BaseDataModule(L.LightningDataModule):
         self.sync_read_errors(batch.pop("failure", ""))
         x = self.preprocess(batch["x"])
         trainer = self._trainer()
-        if trainer.training:
-            rng = StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device)
-            x, labels = self.augment_with_labels(self.augment(x, rng), rng)
-            if labels is not None:
-                return {**batch, "x": x, "augment": labels}
-        return {**batch, "x": x}
+        if not trainer.training:
+            return {**batch, "x": x}
+        x, labels = self.augment(x, StepRng(self.seed, trainer.global_step, batch["start"], len(x), x.device))
+        return {**batch, "x": x} if labels is None else {**batch, "x": x, "augment": labels}
 
     def preprocess(self, x: Tensor) -> Tensor:
         """Map samples of the source to float32 inputs of the network."""
         return x
 
-    def augment(self, x: Tensor, rng: StepRng) -> Tensor:
-        """Augment preprocessed training samples (B, *data) randomly."""
-        return x
+    def augment(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
+        """Augment preprocessed training samples (B, *data) randomly; also return labels of changes for the network.
 
-    def augment_with_labels(self, x: Tensor, rng: StepRng) -> tuple[Tensor, Tensor | None]:
-        """Augment further and return labels (B, augment_labels) of the changes for the network, 0 for no change.
-
-        Samples drawn with labels 0 do not show these changes.
+        Samples drawn with labels 0 (B, augment_labels) do not show these changes.
         """
         return x, None
 
@@ -278,15 +272,10 @@ class BaseDataModule(L.LightningDataModule):
         self.read_errors.skipped |= skipped
         return x, used
 
-    def validation_samples(self, count: int) -> tuple[Tensor, list[int]]:
-        """Return the first `count` validation samples, preprocessed (N, *data), and their indices."""
-        self.setup()
-        x, indices = self.fetch(self.val_indices[:count])
-        return self.preprocess(x), indices
-
     def examples(self, count: int) -> Tensor:
         """Return the first `count` validation samples, preprocessed (N, *data)."""
-        return self.validation_samples(count)[0]
+        self.setup()
+        return self.preprocess(self.fetch(self.val_indices[:count])[0])
 
     def titles(self, count: int) -> list[str] | None:
         """Return titles of the first samples drawn with the condition's examples; None without a condition."""
@@ -311,11 +300,8 @@ class BaseDataModule(L.LightningDataModule):
         user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # users in containers may have no name
         lock = FileLock(Path(tempfile.gettempdir()) / f"diffusion-data-{user}-{key(*self.shape):x}.lock")
         if local_rank() > 0:
-            try:
+            with suppress(FileNotFoundError, ValueError):  # not prepared yet, or wrong settings
                 self.setup()
-            except (FileNotFoundError, ValueError):  # not prepared yet, or wrong settings
-                pass
-            else:
                 return
         with lock:
             self.prepare_data()

@@ -58,9 +58,9 @@ class BitsPerDim(L.Callback):
         if pl_module.coupling == "ot":
             return
         with data.reading_on_one_rank():
-            x, indices = data.validation_samples(max(self.num_samples, trainer.world_size))
+            x, indices = data.fetch(data.val_indices[: max(self.num_samples, trainer.world_size)])
         assert data.source is not None
-        device = pl_module.device
+        x, device = data.preprocess(x), pl_module.device
         cond = encode_conditions(data.condition, data.source, indices)
         share, size = len(x) // trainer.world_size, data.microbatch_size(trainer)
         own = range(trainer.global_rank * share, (trainer.global_rank + 1) * share)

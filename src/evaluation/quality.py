@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -83,10 +83,9 @@ class SampleEvaluator:
         own: Extractor = Pixels() if len(data.shape) == 3 else values_of(data)
         self.spaces = {own.name: own, **{e.name: e for e in self.extractors}}
         """Feature spaces in which copies are searched; always includes the space of the data."""
-        reference, self._baseline_indices = data.val_indices, data.train_indices
-        if settings.reference == "train":
-            reference, self._baseline_indices = self._baseline_indices, reference
-        self.reference = self._collect(reference)
+        splits = {"val": data.val_indices, "train": data.train_indices}
+        self.reference = self._collect(splits.pop(settings.reference))
+        (self._baseline_indices,) = splits.values()
 
     def draw(
         self,
@@ -163,9 +162,6 @@ class SampleEvaluator:
             results.append(SampleMetrics(metrics, next(iter(parts.values()))[1 + k]))
         return results
 
-    def training_samples(self, positions: Tensor) -> Tensor:
-        return fetch_for_display(self.data, [self.data.train_indices[k] for k in positions.tolist()])
-
     def _open_extractors(self) -> list[Extractor]:
         settings = self.settings
         if len(self.data.shape) != 3:
@@ -213,12 +209,10 @@ class SampleEvaluator:
         """Return the features of these samples by extractor; each process caches its part."""
         parts: dict[str, Collected | None] = {e.name: None for e in self.extractors}
         if self.processes.rank * self.settings.batch_size < len(indices):
-            data = digest(*(part for start, x in self._batches(indices) for part in (start, x)))
+            cache, limit, batches = self.settings.cache, self.settings.max_features, partial(self._batches, indices)
+            data = digest(*(part for start, x in batches() for part in (start, x)))
             for extractor in self.extractors:
-                part = collect_once(
-                    self.settings.cache, data, extractor, lambda: self._batches(indices), self.settings.max_features
-                )
-                parts[extractor.name] = part.to("cpu")
+                parts[extractor.name] = collect_once(cache, data, extractor, batches, limit).to("cpu")
         return {name: self._merge(part) for name, part in parts.items()}
 
     def _merge(self, part: Collected | None) -> Collected:
@@ -311,9 +305,8 @@ def train_data_classifier(data: BaseDataModule, cache: Path, device: torch.devic
     labels = data.source.labels.targets
     x, train = data.displayed.fetch(data.train_indices[:MAX_CLASSIFIER_IMAGES])
     y, val = data.displayed.fetch(data.val_indices[: MAX_CLASSIFIER_IMAGES // 4])
-    images, val_images = quantize(data, x), quantize(data, y)
-    classifier = train_classifier(images, labels[train], (val_images, labels[val]), cache, device=device)
-    return classifier, len(val)
+    held_out = quantize(data, y), labels[val]
+    return train_classifier(quantize(data, x), labels[train], held_out, cache, device=device), len(val)
 
 
 def fetch_for_display(data: BaseDataModule, indices: Sequence[int]) -> Tensor:
@@ -333,7 +326,6 @@ def values_of(data: BaseDataModule) -> Values:
 def time_network_call(module: DiffusionModule, batch_size: int) -> float:
     """Return the seconds of one network call during sampling: the second of two, since the first may compile."""
     x = torch.zeros(batch_size, *module.shape, device=module.device)
-    cond = None if module.null is None else module.null.repeat(batch_size, *[1] * (module.null.ndim - 1))
     level = module.schedule.row(module.schedule.num_steps // 2)
     training = module.training
     module.eval()
@@ -341,7 +333,7 @@ def time_network_call(module: DiffusionModule, batch_size: int) -> float:
         for _ in range(2):
             _synchronize(module.device)
             began = time.perf_counter()
-            module.denoise_for_sampling(x, level, cond)
+            module.denoise_for_sampling(x, level)
             _synchronize(module.device)
     module.train(training)
     return time.perf_counter() - began

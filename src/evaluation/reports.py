@@ -176,7 +176,7 @@ def save_samples(
     images.labeled_rows([row[:count] for row in rows], [*generated, "validation data"]).save(folder / "samples.png")
     first, nearest = next(iter(generated.values())).first, measured[0].neighbors
     closest = nearest.distances.argsort()[:NUM_SHOWN]
-    pairs = [first[closest], evaluator.training_samples(nearest.numbers[closest])]
+    pairs = [first[closest], fetch_for_display(data, [data.train_indices[k] for k in nearest.numbers[closest]])]
     images.labeled_rows(pairs, ["closest samples", "training data"]).save(folder / "nearest.png")
 
 

@@ -15,9 +15,7 @@ DETECTOR_STEPS = 600  # training steps after which the detector of shapes reache
 class QualitySettings(NamedTuple):
     """Settings of the sample quality metrics."""
 
-    features: Sequence[str] | None = (
-        None  # names in `rules.CHOICES`; None: the classifier for images with labels, else pixels
-    )
+    features: Sequence[str] | None = None  # names in `rules.CHOICES`; None: classifier if labeled, else pixels
     n: int = 1000  # number of generated samples
     seed: int = 0  # seed of the sampling noise, of the training samples in the baseline, and of the bootstrap
     batch_size: int = 256
@@ -53,10 +51,8 @@ class AlignmentSettings(NamedTuple):
             raise ValueError(
                 f"alignment.scales={list(self.scales)} must be guidance scales of at least 0, such as [1,1.5,2,3,5]"
             )
-        if self.n is not None and self.n < 2:
-            raise ValueError(f"alignment.n={self.n} must be at least 2, or null for 200 (captions) or 500 (classes)")
-        if self.detector_steps < 1:
-            raise ValueError(f"alignment.detector_steps={self.detector_steps} must be at least 1")
+        check_value("alignment.n", self.n)
+        check_value("alignment.detector_steps", self.detector_steps)
 
 
 def check_reverse_variance(variance: str, setting: str) -> None:

@@ -36,12 +36,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_blocks": 3,
         "attn_resolutions": [32, 16, 8],
     },
-    "SongUNet": {
-        "model_channels": 128,
-        "channel_mult": [1, 2, 2, 2],
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-    },
+    "SongUNet": {"model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16]},
 }
 REQUIRED: dict[str, dict[str, Any]] = {
     "DhariwalUNet": {"channel_mult_emb": 4},
@@ -58,14 +53,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 OTHERS = {"dropout", "label_dropout", "label_dim", "augment_dim", "img_resolution", "img_channels", "sigma_data"}
 IGNORED = {"use_fp16", "sigma_min", "sigma_max"}
 
-RESIDUAL = {
-    "norm0": "norm1",
-    "conv0": "conv1",
-    "affine": "emb",
-    "norm1": "norm2",
-    "conv1": "conv2",
-    "skip": "shortcut",
-}
+RESIDUAL = {"norm0": "norm1", "conv0": "conv1", "affine": "emb", "norm1": "norm2", "conv1": "conv2", "skip": "shortcut"}
 TABLE = "condition.table.weight"
 ATTENTION = {"norm2": "norm", "qkv": "qkv", "proj": "out"}
 

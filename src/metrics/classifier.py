@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from src.cache import Tensors, cached, digest
 from src.metrics.features import Features
 
+BATCH_SIZE, LR, SEED = 64, 2e-3, 0
+"""Settings of the training: AdamW with linear decay to 0."""
+
 
 class Classifier:
     """Extract a classifier's last hidden layer (N, F) and probabilities (N, K); `accuracy` is on validation images."""
@@ -53,27 +56,23 @@ def train_classifier(
     val: tuple[Tensor, Tensor],
     cache: Path,
     epochs: int = 20,
-    batch_size: int = 64,
-    lr: float = 2e-3,
-    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
     """Train a classifier on images (N, C, H, W) uint8 with labels (N,) in 0..K-1, or read it from `cache`.
 
-    The optimizer is AdamW with linear decay to 0. `val` holds the images and labels for `accuracy`.
+    `val` holds the images and labels for `accuracy`.
     Raises ValueError for labels that do not match the images, or for a single class.
     """
     classes = int(labels.max()) + 1 if len(labels) else 0
     if len(labels) != len(images) or classes < 2 or labels.min() < 0:
         raise ValueError(f"features=classifier needs labels of at least 2 classes, got {classes}: use features=pixels")
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(SEED)
         net = ClassifierNet(images.shape[1], max(images.shape[2:]), classes)
-    description = (str(net), epochs, batch_size, lr, seed, images, labels, *val)
-    fingerprint = digest(*description)
+    fingerprint = digest(str(net), epochs, BATCH_SIZE, LR, SEED, images, labels, *val)
 
     def compute() -> Tensors:
-        fit_classifier(net.to(device), images.to(device), labels.to(device), epochs, batch_size, lr, seed)
+        fit_classifier(net.to(device), images.to(device), labels.to(device), epochs)
         with torch.no_grad():
             guesses = torch.cat([net(part.to(device)).argmax(1) for part in torch.split(val[0], 1024)])
         return {**net.state_dict(), "accuracy": (guesses.cpu() == val[1].cpu()).double().mean()}
@@ -84,15 +83,13 @@ def train_classifier(
     return Classifier(net.to(device), accuracy, fingerprint)
 
 
-def fit_classifier(
-    net: ClassifierNet, images: Tensor, labels: Tensor, epochs: int, batch_size: int, lr: float, seed: int
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
-    steps = epochs * -(-len(images) // batch_size)
+def fit_classifier(net: ClassifierNet, images: Tensor, labels: Tensor, epochs: int) -> None:
+    generator = torch.Generator().manual_seed(SEED)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
+    steps = epochs * -(-len(images) // BATCH_SIZE)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, total_iters=steps)
     for _ in range(epochs):
-        for batch in torch.split(torch.randperm(len(images), generator=generator).to(images.device), batch_size):
+        for batch in torch.split(torch.randperm(len(images), generator=generator).to(images.device), BATCH_SIZE):
             optimizer.zero_grad()
             F.cross_entropy(net(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -18,6 +18,7 @@ SIDE, CELLS = 32, 16  # side of the network's input in pixels, and of its grid o
 NEIGHBORHOOD = 2  # cells to each side of an object's center that hold no other center
 THRESHOLD = 0.4
 """Smallest score of an object. The training target is 1 at its center, and at least 0.78 in the nearest cell."""
+LR, SEED = 6e-3, 0
 WARMUP = 50  # steps over which the learning rate rises
 
 
@@ -89,8 +90,6 @@ def train_detector(
     backgrounds: int,
     steps: int,
     cache: Path,
-    lr: float = 6e-3,
-    seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Callable[[Tensor], list[Detections]]:
     """Train a detector on `render_batch(step)` for steps 0..steps - 1, or read it from `cache`.
@@ -99,20 +98,20 @@ def train_detector(
     renderer trains another detector. Returns a function of images (N, 3, H, W) uint8.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(SEED)
         net = DetectorNet(attributes, backgrounds)
-    key = digest(str(net), steps, lr, seed, *render_batch(0))
+    key = digest(str(net), steps, LR, SEED, *render_batch(0))
 
     def compute() -> Tensors:
-        fit_detector(net.to(device), render_batch, steps, lr)
+        fit_detector(net.to(device), render_batch, steps)
         return net.state_dict()
 
     net.load_state_dict(cached(cache, f"detector-{key}", compute))
     return net.to(device).eval().detect
 
 
-def fit_detector(net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int, lr: float) -> None:
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
+def fit_detector(net: DetectorNet, render_batch: Callable[[int], LabeledImages], steps: int) -> None:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 - step / steps))
     device = net.background.weight.device
     for step in tqdm(range(steps), desc="Detector"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.cache import digest
+from src.errors import one_line
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"
@@ -98,9 +99,8 @@ class Inception:
                 torch.hub.download_url_to_file(fidelity.URL_INCEPTION_V3, str(path), INCEPTION_SHA256, progress=False)
             contents = path.read_bytes()
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
             raise ValueError(
-                f"no file {path} ({reason}): put {INCEPTION} there, or type inception_weights=FILE"
+                f"no file {path} ({one_line(error)}): put {INCEPTION} there, or type inception_weights=FILE"
             ) from error
         self.fingerprint = hashlib.sha256(contents).hexdigest()
         if not self.fingerprint.startswith(sha256):
@@ -144,9 +144,8 @@ class DinoV2:
         except ImportError as error:
             raise ValueError("features=dinov2 needs transformers: pip install transformers") from error
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"dinov2_model={model} is not available and could not be downloaded ({reason}): set it to a "
+                f"dinov2_model={model} is not available and could not be downloaded ({one_line(error)}): set it to a "
                 "folder with config.json and model.safetensors"
             ) from error
         self.net = net.to(device).eval()

@@ -8,14 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from src.models.attention import (
-    Norm,
-    RotaryAttention,
-    TokenAttention,
-    make_norm,
-    rotary_table,
-    sincos_positions,
-)
+from src.models.attention import Norm, RotaryAttention, TokenAttention, make_norm, rotary_table, sincos_positions
 from src.models.conditioning import Embedded, Embedding
 from src.models.layers import TimeEmbedding, check_positive, depth_to_space, shape_of_data, space_to_depth, zero_init
 from src.models.unet import pad_to_multiple

@@ -219,12 +219,7 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     )
     lines = []
     for name in {**old, **new}:
-        if old.get(name) != new.get(name) and name.split(".")[0] not in (
-            "recipe",
-            "resume",
-            "run_dir",
-            "trust",
-        ):
+        if old.get(name) != new.get(name) and name.split(".")[0] not in ("recipe", "resume", "run_dir", "trust"):
             lines.append(f"{name}: {old.get(name)} -> {new.get(name)}")
             if {name, name.split(".")[0]} & set(FIXED_KEYS) and name not in MUTABLE_KEYS:
                 raise ValueError(f"{lines[-1]} changes the model of a resumed run: keep it, or start a new run")

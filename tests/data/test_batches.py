@@ -39,7 +39,7 @@ def heavy_imports() -> None:
 
         def augment(self, x, rng):
             self.seen.append(rng)
-            return -x
+            return -x, None
 
 
 NUM = 23

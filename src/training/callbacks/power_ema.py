@@ -16,16 +16,7 @@ from src.distributed.sharding import gather_full, local_shard, shard_like
 from src.errors import literal
 from src.training.callbacks.ema import trained_weights
 from src.training.checkpoint_io import tolerate_full_disk
-from src.training.power_ema import (
-    FOLDER,
-    decay,
-    exponent,
-    last_update,
-    snapshot_file,
-    snapshots,
-    stride,
-    tensor_name,
-)
+from src.training.power_ema import FOLDER, decay, exponent, last_update, snapshot_file, snapshots, stride, tensor_name
 
 
 class PowerEMA(L.Callback):
