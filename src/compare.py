@@ -16,7 +16,7 @@ from src.config.rules import check_values
 from src.config.words import key_of, split_arguments
 from src.distributed.ranks import rank
 from src.errors import UsageError, data_errors, format_override, memory_errors, quoted, usage_errors
-from src.evaluation.settings import check_num_val, check_reverse_variance
+from src.evaluation.settings import check_num_val
 from src.runs.evaluation import check_lengths, quality_settings
 from src.viz.tables import write_json
 
@@ -25,7 +25,6 @@ def compare(cfg: DictConfig) -> dict[str, Any]:
     """Measure every run, write the page, tables and plots into the output folder, and return all metrics."""
     with usage_errors():
         check_values(cfg)
-        check_reverse_variance(cfg.reverse_variance, "reverse_variance")
         settings = quality_settings(cfg)
         settings.check()
         paths = [] if cfg.runs is None else list(cfg.runs) if isinstance(cfg.runs, ListConfig) else [cfg.runs]

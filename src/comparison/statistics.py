@@ -13,16 +13,8 @@ from src.viz.tables import better_direction, format_number, metric_title
 
 ALPHA = 0.05  # significance level: the probability of a false positive in a family of tests
 MAIN = (
-    "fid",
-    "fd_classifier",
-    "fd_dinov2",
-    "kd_efficientnet",
-    "fd_",
-    "sliced_wasserstein",
-    "bits_per_dim",
-    "kid",
-    "kd_",
-    "val/loss",
+    *("fid", "fd_classifier", "fd_dinov2", "kd_efficientnet", "fd_"),
+    *("sliced_wasserstein", "bits_per_dim", "kid", "kd_", "val/loss"),
 )
 """Metrics in the order of priority for the headline."""
 

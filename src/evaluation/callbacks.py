@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import lightning as L
 import torch
@@ -16,7 +17,7 @@ from src.errors import usage_errors
 from src.evaluation.likelihood import bounds
 from src.evaluation.quality import SampleEvaluator, estimate_seconds, log
 from src.evaluation.reverse_variance import sum_errors
-from src.evaluation.settings import QualitySettings, ReverseVariance, check_num_val, check_reverse_variance
+from src.evaluation.settings import QualitySettings, ReverseVariance, check_num_val
 from src.training.callbacks.graceful_shutdown import check_stop_requested
 from src.training.module import DiffusionModule, Sampler
 
@@ -41,8 +42,10 @@ class BitsPerDim(L.Callback):
         for name, value in (("num_samples", num_samples), ("num_terms", num_terms)):
             if value < 1:
                 raise ValueError(f"callbacks.bits_per_dim.{name}={value} must be at least 1")
-        check_reverse_variance(reverse_variance, "callbacks.bits_per_dim.reverse_variance")
-        check_num_val(reverse_variance, num_samples, "callbacks.bits_per_dim.reverse_variance")
+        setting, known = "callbacks.bits_per_dim.reverse_variance", get_args(ReverseVariance)
+        if reverse_variance not in known:
+            raise ValueError(f"{setting}={reverse_variance} must be one of {', '.join(known)}")
+        check_num_val(reverse_variance, num_samples, setting)
         self.num_samples = num_samples
         self.num_terms = num_terms
         self.reverse_variance: ReverseVariance = reverse_variance

@@ -33,14 +33,8 @@ from src.viz import distributions, images, line_plots
 from src.viz.tables import markdown_table, strip_sample_count
 
 PLOTTED = (
-    "fd_",
-    "fid_",
-    "kd_efficientnet_",
-    "precision_",
-    "recall_",
-    "sliced_wasserstein_",
-    "energy_distance_",
-    "mmd_",
+    *("fd_", "fid_", "kd_efficientnet_", "precision_", "recall_"),
+    *("sliced_wasserstein_", "energy_distance_", "mmd_"),
 )
 """Metrics plotted over the cost of sampling, in the first feature space."""
 NUM_SHOWN = 12  # samples per row of an image

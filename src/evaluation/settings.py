@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from src.config.rules import check_value
 
@@ -53,12 +53,6 @@ class AlignmentSettings(NamedTuple):
             )
         check_value("alignment.n", self.n)
         check_value("alignment.detector_steps", self.detector_steps)
-
-
-def check_reverse_variance(variance: str, setting: str) -> None:
-    """Raise ValueError that names `setting` unless `variance` is a `ReverseVariance`."""
-    if variance not in get_args(ReverseVariance):
-        raise ValueError(f"{setting}={variance} must be one of {', '.join(get_args(ReverseVariance))}")
 
 
 def check_num_val(variance: str, count: int, setting: str) -> None:

@@ -147,7 +147,9 @@ def from_diffusers(
     weights: Mapping[str, Tensor], config: Mapping[str, Any], model: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Return the weights of a UNet2DModel by the names of our U-Net. Raises ValueError for one of another network."""
-    theirs = {_new_name(name): value for name, value in weights.items()}
+    theirs = dict(weights)
+    for old, new in OLD_NAMES.items():
+        theirs = {name.replace(old, new): value for name, value in theirs.items()}
     result: dict[str, Tensor] = {}
     used: set[str] = set()
     for name, parts in weight_names(model):
@@ -294,12 +296,6 @@ def _block_types(config: Mapping[str, Any]) -> tuple[bool, list[bool]]:
     if len(kinds) > 1 or (kinds and not kinds <= {"conv", "resnet"}):
         raise _unsupported("downsample_type", sorted(map(str, kinds)), "all stages must resample alike")
     return kinds == {"resnet"}, [name.startswith("Attn") for name in down]
-
-
-def _new_name(name: str) -> str:
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name
 
 
 def _unsupported(name: str, value: object, rule: str) -> ValueError:

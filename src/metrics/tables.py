@@ -39,12 +39,15 @@ def associations(rows: Tensor, num_categories: Sequence[int]) -> Tensor:
     It is Pearson's correlation of two numbers, in [-1, 1]; the correlation ratio of a number and a category, in [0, 1];
     and Cramér's V of two categories, in [0, 1]. That of a constant column is 0.
     """
+    from scipy.stats import contingency
+
     columns = [pd.Series(column) for column in rows.double().T.numpy()]
     matrix = torch.eye(len(columns), dtype=torch.float64)
     for i, j in combinations(range(len(columns)), 2):
         x, y = columns[i], columns[j]
         if num_categories[i] and num_categories[j]:
-            value = _cramers_v(x, y)
+            table = contingency.crosstab(x, y).count
+            value = contingency.association(table, method="cramer") if min(table.shape) > 1 else 0.0
         elif num_categories[i]:
             value = y.corr(y.groupby(x).transform("mean"))
         elif num_categories[j]:
@@ -71,10 +74,3 @@ def closer_to_training(samples: Tensor, train: Tensor, held_out: Tensor) -> Metr
     ours, theirs = (nearest_neighbors(samples, each[:count]).distances for each in (train, held_out))
     wins = float((ours < theirs).sum()) + 0.5 * float((ours == theirs).sum())
     return wilson(round(wins), len(samples))
-
-
-def _cramers_v(x: pd.Series, y: pd.Series) -> float:
-    from scipy.stats import contingency
-
-    table = contingency.crosstab(x, y).count
-    return float(contingency.association(table, method="cramer")) if min(table.shape) > 1 else 0.0

@@ -167,6 +167,8 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Train
 
     Lightning's counters need the same accumulation, and the optimizer the state that it keeps of each weight.
     """
+    from src.training.optim import trial_state
+
     before, done = checkpoint["hyper_parameters"], checkpoint["global_step"]
     if cfg.trainer.max_steps < done:
         raise ValueError(
@@ -181,7 +183,8 @@ def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "Train
         )
     saved = checkpoint["optimizer_states"][0]
     states = set().union(*(saved["state"].get(k, ()) for k in saved["param_groups"][0]["params"]))
-    if states and (missing := module.optimizer_state() - states):
+    assert module.make_optimizer is not None
+    if states and (missing := trial_state(module.make_optimizer, 2).keys() - states):
         raise ValueError(
             f"optimizer.* needs {', '.join(sorted(missing))} of each weight, which the run (with "
             f"{before['optimizer']['_target_']}) lacks: resume with the optimizer of the run, or start a new run"

@@ -10,7 +10,7 @@ from src.config.arguments import check_arguments
 from src.config.rules import check_values
 from src.config.search_path import config_groups, load_option
 from src.errors import format_override, usage_errors
-from src.evaluation.settings import AlignmentSettings, QualitySettings, check_reverse_variance
+from src.evaluation.settings import AlignmentSettings, QualitySettings
 from src.runs import components
 from src.runs.checkpoints import find_checkpoint
 from src.runs.nodes import instantiate_node
@@ -29,7 +29,6 @@ def evaluation_settings(cfg: DictConfig) -> tuple[QualitySettings, AlignmentSett
     """Check all settings without importing torch, and return those of quality and alignment."""
     find_checkpoint(cfg.run, cfg.ckpt, cfg.init_from.path)
     check_values(cfg)
-    check_reverse_variance(cfg.reverse_variance, "reverse_variance")
     if not all(isinstance(each, DictConfig) for each in sampler_list(cfg)):
         raise ValueError(f"samplers={cfg.samplers} must be a list such as [{{sampler: ddim, steps: 10}}]")
     if not (cfg.likelihood or cfg.quality or cfg.alignment.enabled):
@@ -61,18 +60,9 @@ def check_lengths(path: Path, ema: float | ListConfig) -> None:
 
 def quality_settings(cfg: DictConfig) -> QualitySettings:
     """Return the settings of sample quality, of src.evaluate or src.compare."""
-    return QualitySettings(
-        names_of(cfg.features),
-        cfg.n,
-        cfg.seed,
-        cfg.batch_size,
-        cfg.max_features,
-        cfg.num_memorization,
-        cfg.reference,
-        Path(str(cfg.cache)),
-        cfg.inception_weights and Path(cfg.inception_weights),
-        cfg.dinov2_model,
-    )
+    settings = {name: cfg[name] for name in QualitySettings._fields} | {"features": names_of(cfg.features)}
+    paths = {"cache": Path(str(cfg.cache)), "inception_weights": cfg.inception_weights and Path(cfg.inception_weights)}
+    return QualitySettings(**settings | paths)
 
 
 def names_of(value: Any) -> list[str] | None:

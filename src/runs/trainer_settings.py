@@ -39,10 +39,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 """For each unsupported argument: the value that changes nothing, and the rule with the setting to use instead."""
 
 
-def _is_batch_limit(value: float) -> bool:
-    return value >= 0 and not (isinstance(value, float) and value > 1)
-
-
 def _is_duration(value: Any) -> bool:
     """Return whether `value` is a duration above 0: a string DD:HH:MM:SS, or arguments of `timedelta`."""
     try:
@@ -54,19 +50,21 @@ def _is_duration(value: Any) -> bool:
         return False
 
 
-def _are_nodes(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(node, dict) and "_target_" in node for node in value)
-
-
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "devices": (lambda n: not isinstance(n, int) or n >= 1 or n == -1, "must be at least 1; auto takes all devices"),
     "max_time": (_is_duration, 'must be a duration above 0, as days:hours:minutes:seconds; "00:02:00:00" is two hours'),
-    "overfit_batches": (_is_batch_limit, "must be a number of batches, or a fraction of the data in [0.0, 1.0]"),
+    "overfit_batches": (
+        lambda limit: limit >= 0 and not (isinstance(limit, float) and limit > 1),
+        "must be a number of batches, or a fraction of the data in [0.0, 1.0]",
+    ),
     "precision": (
         lambda name: not str(name).startswith("transformer-engine"),
         "replaces layers that the optimizer holds; use bf16-mixed or 32-true",
     ),
-    "plugins": (_are_nodes, "must be a list of nodes with a _target_ each"),
+    "plugins": (
+        lambda nodes: isinstance(nodes, list) and all(isinstance(node, dict) and "_target_" in node for node in nodes),
+        "must be a list of nodes with a _target_ each",
+    ),
     "profiler": (lambda value: isinstance(value, str | dict), "must be simple, advanced or pytorch"),
 }
 """For each argument that neither Lightning nor `config.rules` checks clearly: the test and the rule."""

@@ -19,7 +19,7 @@ from src.training.callbacks.schedule_free import ScheduleFreeAverage, adamw_sche
 from src.training.callbacks.seeding import SeedDropout
 from src.training.finetuning import group_by_multiplier
 from src.training.lightning_internals import clear_logged_metrics
-from src.training.optim import keep_current_settings, skip_unless, trial_state, weight_matrices
+from src.training.optim import keep_current_settings, skip_unless, weight_matrices
 
 
 class TrainingModule(L.LightningModule):
@@ -152,11 +152,6 @@ class TrainingModule(L.LightningModule):
     def hidden_matrices(self) -> dict[nn.Parameter, str]:
         """Return the `weight_matrices` that an optimizer of hidden layers may update, and their names."""
         return weight_matrices(self.net)
-
-    def optimizer_state(self) -> set[str]:
-        """Return the names of the values that the optimizer keeps for each weight, from a step on a small weight."""
-        assert self.make_optimizer is not None
-        return set(trial_state(self.make_optimizer, 2))
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
