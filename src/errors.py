@@ -74,6 +74,15 @@ def memory_errors(explain: Callable[[], str]) -> Iterator[None]:
 
 
 @contextmanager
+def optional_package(setting: str, package: str, otherwise: str = "") -> Iterator[None]:
+    """Turn an ImportError into a ValueError that says how to install the package that a setting needs."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{setting} needs the package {package}; pip install {package}{otherwise}") from error
+
+
+@contextmanager
 def data_errors() -> Iterator[None]:
     """Turn an error that reports unreadable data into a UsageError."""
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from src.data.decode import ARRAY_SUFFIXES, Array
 from src.data.found_images import FoundImages
 from src.data.read_errors import read_with_retries
-from src.errors import absence, counted, first_names
+from src.errors import absence, counted, first_names, optional_package
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff", ".mp3", ".opus"}
 NIFTI_SUFFIXES = {".nii", ".nii.gz"}
@@ -179,10 +179,8 @@ def _load_numpy(stream: BinaryIO, key: str | None) -> Array:
 
 def _read_audio(stream: BinaryIO) -> Sample:
     """Return audio (channels, L): int16 for up to 16 bits, else float32. The header has no `subtype` for PCM_16."""
-    try:
+    with optional_package("audio", "soundfile"):
         import soundfile
-    except ImportError as error:
-        raise ValueError("audio needs: pip install soundfile") from error
     with soundfile.SoundFile(stream) as file:
         few_bits = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
         values = file.read(dtype="int16" if few_bits else "float32", always_2d=True)
@@ -194,10 +192,8 @@ def _read_audio(stream: BinaryIO) -> Sample:
 
 def _read_nifti(contents: bytes) -> Sample:
     """Return a volume (C, X, Y, Z) with its scaled values; the fourth axis of a NIfTI file holds the channels."""
-    try:
+    with optional_package("a NIfTI file", "nibabel"):
         import nibabel
-    except ImportError as error:
-        raise ValueError("NIfTI files need: pip install nibabel") from error
     data = gzip.decompress(contents) if contents[:2] == b"\x1f\x8b" else contents
     is_second = 540 in (int.from_bytes(data[:4], order) for order in ("little", "big"))  # the size of the header
     image: Any = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_bytes(data)

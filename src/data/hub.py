@@ -16,7 +16,7 @@ from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
 from src.data.layout import SPLITS
 from src.data.sources import Labels
-from src.errors import counted, did_you_mean, first_names, format_override, one_line
+from src.errors import counted, did_you_mean, first_names, format_override, one_line, optional_package
 
 BATCH = 1000
 """Number of rows whose sizes are read at a time."""
@@ -182,10 +182,8 @@ def _is_text(feature: Any) -> bool:
 
 def _opened(name: str, read: Callable[[], Any]) -> Any:
     """Call `read` and return its result. Raises a one-line ValueError if the library cannot open the dataset."""
-    try:
+    with optional_package("data=hub", "datasets"):
         import datasets  # noqa: F401
-    except ImportError as error:
-        raise ValueError("data=hub needs the package datasets; pip install datasets") from error
     try:
         return read()
     except Exception as error:  # the library and its network layer raise almost anything

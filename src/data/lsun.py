@@ -17,7 +17,7 @@ from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import refuse_val_root
 from src.data.image_source import ImageSource, open_images
-from src.errors import format_override, one_line
+from src.errors import format_override, one_line, optional_package
 
 _OPEN: dict[Path, tuple[int, Any]] = {}
 """The process that opened each database, and the database."""
@@ -112,10 +112,8 @@ def _environment(path: Path) -> Any:
     process, environment = _OPEN.get(path, (0, None))
     if process == os.getpid():
         return environment
-    try:
+    with optional_package("data=lsun", "lmdb"):
         import lmdb
-    except ImportError as error:
-        raise ValueError("data=lsun needs the package lmdb; pip install lmdb") from error
     if environment is not None:
         environment.close()  # else the library refuses to open it again
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src.data.sources import Source
-from src.errors import one_line
+from src.errors import one_line, optional_package
 
 PADDING, BEGIN, END = range(3)
 SPECIAL = 3
@@ -172,7 +172,6 @@ def import_optional(name: str) -> Any:
     """Import an optional package. Raises ValueError with the command to install it if it is missing."""
     # Threads of the tokenizers library do not survive the fork of a worker, and it warns at each fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"conditioning by text needs the package {name}; pip install {name}") from error
+    with optional_package("conditioning by text", name):
+        module: Any = importlib.import_module(name)
+    return module

@@ -25,7 +25,7 @@ from src.data.image_source import ImageSource, open_images
 from src.data.pixel_store import default_cache_dir
 from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, ShardIndex, build_index, read_index, write_index
-from src.errors import absence, counted, format_override
+from src.errors import absence, counted, format_override, optional_package
 
 VERSION = 2
 """Version of the index; increase it when the same shards would produce another index."""
@@ -144,10 +144,8 @@ def _check_shards_differ(urls: Sequence[str], val_urls: Sequence[str]) -> None:
 
 
 def _expand_braces(url: str, text: str) -> list[str]:
-    try:
+    with optional_package(f"{text}, a pattern with braces,", "webdataset"):
         from braceexpand import braceexpand
-    except ImportError as error:
-        raise ValueError(f"{text} has braces, which need the package webdataset; pip install webdataset") from error
     try:
         return list(braceexpand(url))
     except ValueError as error:

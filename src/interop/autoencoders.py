@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.errors import first_names, format_override, one_line
+from src.errors import first_names, format_override, one_line, optional_package
 from src.interop.diffusers_pipeline import read_config
 from src.models.autoencoder import KLAutoencoder
 from src.models.layers import Downsample, ResidualBlock, SelfAttention, Upsample
@@ -76,13 +76,8 @@ def read_diffusers_autoencoder(folder: Path) -> DiffusersAutoencoder:
     Raises ValueError without the library, or for weights that cannot be read.
     """
     override = format_override("autoencoder", folder)
-    try:
+    with optional_package(override, "diffusers", ", or train an autoencoder with task=autoencoder"):
         import diffusers
-    except ImportError as error:
-        raise ValueError(
-            f"{override} needs the package diffusers; pip install diffusers, or train an autoencoder with "
-            "task=autoencoder"
-        ) from error
     kind = getattr(diffusers, read_config(folder / "config.json")["_class_name"])
     try:
         net, loaded = kind.from_pretrained(

@@ -12,7 +12,7 @@ from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.likelihood import Predict
 from src.diffusion.noise import NoiseSchedule, TimeGrid
 from src.diffusion.samplers import Noise
-from src.errors import near_matches
+from src.errors import near_matches, optional_package
 
 # Arguments whose defaults differ between schedulers, passed to those that accept them. GaussianDiffusion clips x_0.
 CONVENTIONS = {
@@ -116,10 +116,8 @@ def _build(make: Any, schedule: NoiseSchedule, prediction_type: str, seeds: list
 
 def _scheduler_class(name: str) -> Any:
     """Return the class `name` of diffusers; raise ValueError unless it uses betas and samples from noise to data."""
-    try:
+    with optional_package("sampler=diffusers", "diffusers"):
         library = importlib.import_module("diffusers")
-    except ImportError as error:
-        raise ValueError("sampler=diffusers needs the diffusers library; pip install diffusers") from error
     setting, names = f"sampler.scheduler={name}", [known for known in dir(library) if known.endswith("Scheduler")]
     if name not in names:
         # Compare without the common suffix.

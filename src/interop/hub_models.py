@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from src.errors import format_override, one_line
+from src.errors import format_override, one_line, optional_package
 
 SCHEME = "hf://"
 MODEL_FILE = "model.safetensors"
@@ -86,12 +86,8 @@ def push(folder: Path, repo: str, private: bool) -> str:
 
 
 def _import_library(override: str) -> Any:
-    try:
+    with optional_package(override, "huggingface_hub", ", or leave it out"):
         import huggingface_hub
-    except ImportError as error:
-        raise ValueError(
-            f"{override} needs the package huggingface_hub; pip install huggingface_hub, or leave it out"
-        ) from error
     for name in ("httpx", "httpx2"):  # which logs every request
         logging.getLogger(name).setLevel(logging.WARNING)
     return huggingface_hub

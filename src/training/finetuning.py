@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from src.errors import did_you_mean
+from src.errors import did_you_mean, optional_package
 from src.models.winograd import Conv3x3
 
 ADAPTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -72,10 +72,8 @@ def add_adapters(
 
     Raises ValueError without the library peft, or for a pattern that matches nothing.
     """
-    try:
+    with optional_package("lora=default", "peft"):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError("lora=default needs the library peft; pip install peft") from error
     further = match_names([name for name, _ in net.named_parameters()], train, "lora.train")
     layers = [n for n, layer in net.named_modules() if isinstance(layer, ADAPTED) and getattr(layer, "groups", 1) == 1]
     adapted = match_names(layers, targets, "lora.targets", "linear layer or convolution")

@@ -8,6 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from src.distributed.sharding import local_shard
+from src.errors import optional_package
 from src.training.callbacks.ema import EMA
 
 
@@ -21,10 +22,8 @@ def adamw_schedule_free(
 
     Raises ValueError without the library, or for betas[0] = 0, with which the average cannot be computed.
     """
-    try:
+    with optional_package("optimizer=schedule_free", "schedulefree"):
         from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise ValueError("optimizer=schedule_free needs the library schedulefree; pip install schedulefree") from error
     if not all(0 < beta < 1 for beta in betas):
         raise ValueError(f"optimizer.betas={list(betas)} must be in (0, 1): [0.9, 0.999] is usual")
     optimizer = AdamWScheduleFree(params, lr, (betas[0], betas[1]), weight_decay=weight_decay)
