@@ -7,7 +7,7 @@ import io
 import lzma
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,7 @@ class Table:
     def rows(self, keep: Sequence[int]) -> "Table":
         """Return the table with only these rows."""
         frame = self.frame.iloc[list(keep)].reset_index(drop=True)
-        fields = {"frame": frame, "lines": [self.lines[k] for k in keep]}
-        return Table(**{**self.__dict__, **fields})
+        return replace(self, frame=frame, lines=[self.lines[k] for k in keep])
 
 
 def read_table(
@@ -229,10 +228,7 @@ def _read_text(
             )
     import pandas as pd
 
-    columns = zip(*(cells for cells, _ in read[1:]), strict=True)
-    frame = pd.DataFrame(
-        {name: pd.Series(list(cells), dtype=object) for name, cells in zip(names, columns, strict=True)}
-    )
+    frame = pd.DataFrame([cells for cells, _ in read[1:]], columns=names, dtype=object)
     if decimal is None:
         only_points = found == "," and not any("," in cell for row, _ in read[1:] for cell in row)
         decimal = "." if only_points else find_decimal((cell for row, _ in read[1:] for cell in row), found)
@@ -253,21 +249,15 @@ def _typed(
 
 def _without_index(table: Table) -> Table:
     """Return the table without unnamed columns that are empty or number the rows."""
-    notes, dropped = [], []
-    for name in table.names:
-        cells = table.column(name) if NAMELESS.fullmatch(name) else ["x"]
+    notes, dropped = [*table.notes], []
+    for name in filter(NAMELESS.fullmatch, table.names):
+        cells = table.column(name)
         numbers = {int(cell) for cell in cells} if all(cell.isdecimal() for cell in cells) else set()
         if not any(cells):
             dropped.append(name)
-        elif len(numbers) == len(cells) and len(cells) > 1:
+        elif len(numbers) == len(cells) > 1:
             dropped.append(name)
-            notes.append(f"{name!r} (an index without a name)")
+            notes.append(f"left out {name!r} (an index without a name)")
     if not dropped or len(dropped) == len(table.names):
         return table
-    return Table(
-        **{
-            **table.__dict__,
-            "frame": table.frame.drop(columns=dropped),
-            "notes": [*table.notes, *(f"left out {note}" for note in notes)],
-        }
-    )
+    return replace(table, frame=table.frame.drop(columns=dropped), notes=notes)

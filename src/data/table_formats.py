@@ -55,9 +55,7 @@ def read_excel(
         if header is None:
             texts = [[cell_text(cell) for cell in row] for row in rows]
             check_header(f"{path}, row {numbers[0] - 1 if numbers else 1}", [*map(cell_text, first)], texts)
-    columns = list(zip(*rows, strict=True)) or [()] * len(first)
-    named = zip(clean_names(path, first), columns, strict=True)
-    frame = pd.DataFrame({name: pd.Series(list(each), dtype=object) for name, each in named})
+    frame = pd.DataFrame(rows, columns=clean_names(path, first), dtype=object)
     notes = [f"sheet {names[0] if sheet is None else sheet!r} of {len(names)}"] if len(names) > 1 else []
     return _infer_types(frame), numbers, notes
 
