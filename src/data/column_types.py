@@ -181,8 +181,7 @@ def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np
         bare = [_SIGN.sub("", cell) for cell in present]
         if all(number is not None for number in to_numbers(bare, table.decimal)):
             return _left_out(missing, f"text: numbers with a sign such as {present[0]!r:.30}; remove the sign")
-    unique = len(different) == len(present)
-    return _left_out(missing, f"{'id' if unique else 'text'} like {present[0]!r:.30}")
+    return _left_out(missing, f"{'id' if len(different) == len(present) else 'text'} like {present[0]!r:.30}")
 
 
 def _numbers_of_texts(

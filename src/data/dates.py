@@ -97,8 +97,7 @@ def ticks_of_epochs(numbers: Sequence[int], form: str) -> tuple[npt.NDArray[np.i
     """Return dates (N,), whole numbers in a format of `EPOCHS`, as `dates_of_texts` does."""
     import pandas as pd
 
-    dates = np.array(numbers, dtype=np.int64).astype(f"datetime64[{EPOCHS[form]}]")
-    ticks, unit = ticks_of(pd.Series(dates))
+    ticks, unit = ticks_of(pd.Series(np.array(numbers, dtype=np.int64).astype(f"datetime64[{EPOCHS[form]}]")))
     return ticks, {"format": form, "unit": unit}
 
 

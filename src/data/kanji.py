@@ -128,8 +128,7 @@ def svg_files() -> Mapping[str, Path]:
 
 def read_character(path: Path) -> Character:
     """Read the strokes and the parts of a character from its SVG file."""
-    svg = ElementTree.parse(path).getroot()
-    whole = svg.find(f"{SVG}g/{SVG}g")
+    whole = ElementTree.parse(path).find(f"{SVG}g/{SVG}g")
     assert whole is not None, f"{path} has no strokes"
     curves = [bezier_curves(stroke.attrib["d"]) for stroke in whole.iter(f"{SVG}path")]
     text = chr(int(path.stem, 16))

@@ -103,8 +103,7 @@ def _frame_of(records: Sequence[dict[str, Any]]) -> "pd.DataFrame":
     import pandas as pd
 
     names = dict.fromkeys(name for record in records for name in record)
-    frame = pd.DataFrame({n: pd.Series([r.get(n) for r in records], dtype=object) for n in names})
-    return _infer_types(frame)
+    return _infer_types(pd.DataFrame({n: pd.Series([r.get(n) for r in records], dtype=object) for n in names}))
 
 
 def _infer_types(frame: "pd.DataFrame") -> "pd.DataFrame":

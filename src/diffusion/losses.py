@@ -149,8 +149,7 @@ def edm(diffusion: GaussianDiffusion, t: NoiseLevel) -> Tensor:
 
     Source: Karras et al. 2022 (arXiv 2206.00364), tab. 1.
     """
-    d = diffusion.sigma_data
-    return _on_x0(diffusion, t, 1 / d**2 + _snr(t))
+    return _on_x0(diffusion, t, 1 / diffusion.sigma_data**2 + _snr(t))
 
 
 def _on_x0(diffusion: GaussianDiffusion, t: NoiseLevel, weight: Tensor) -> Tensor:

@@ -87,14 +87,14 @@ class ClassBenchmark:
 
     def __init__(self, data: BaseDataModule, settings: AlignmentSettings, device: torch.device) -> None:
         assert data.source is not None and data.source.labels is not None
-        self.data = data
-        num_classes = len(data.source.labels.classes)
+        self.data, self.labels = data, data.source.labels
+        num_classes = len(self.labels.classes)
         self.n = max(500, 2 * num_classes) if settings.n is None else settings.n
         if self.n < 2 * num_classes:
             raise ValueError(
                 f"alignment.n={self.n} must be at least {2 * num_classes}: 2 samples for each of {num_classes} classes"
             )
-        self.classes = list(data.source.labels.classes)
+        self.classes = list(self.labels.classes)
         self.prompts: Mapping[str, Sequence[str]] = {"classes": self.classes}
         self.device = device
         self.classifier, tested = train_data_classifier(data, settings.cache, device)
@@ -109,9 +109,8 @@ class ClassBenchmark:
         return (predicted == torch.tensor([self.classes.index(prompt) for prompt in prompts])).double()[:, None]
 
     def real(self, prompt: str) -> Tensor:
-        assert self.data.source is not None and self.data.source.labels is not None
-        labels = self.data.source.labels.targets
-        indices = [k for k in self.data.train_indices if labels[k] == self.classes.index(prompt)][:MAX_REAL]
+        wanted = self.classes.index(prompt)
+        indices = [k for k in self.data.train_indices if self.labels.targets[k] == wanted][:MAX_REAL]
         return fetch_for_display(self.data, indices) if indices else torch.empty(0, *self.data.displayed.shape)
 
 
@@ -136,7 +135,8 @@ def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
         if len(centers) < len(wanted):
             correct[spatial_name] = False
         elif scene.relation is None:
-            correct[spatial_name] = nearest_position(centers[0]) == scene.objects[0].position
+            nearest = min(PLACES, key=lambda position: math.dist(PLACES[position], centers[0]))
+            correct[spatial_name] = nearest == scene.objects[0].position
         else:
             correct[spatial_name] = spatial_relation(*centers) == scene.relation
         results.append((sum(map(sum, matches)), correct))
@@ -148,10 +148,6 @@ def match_scene(scene: Scene, detected: Detections) -> dict[str, bool]:
 def object_classes(each: Object) -> tuple[int, ...]:
     """Return the index of each of an object's `OBJECT_ATTRIBUTES`."""
     return tuple(ATTRIBUTES[name].index(getattr(each, name)) for name in OBJECT_ATTRIBUTES)
-
-
-def nearest_position(center: tuple[float, float]) -> str:
-    return min(PLACES, key=lambda position: math.dist(PLACES[position], center))
 
 
 def spatial_relation(first: tuple[float, float], second: tuple[float, float]) -> str:
@@ -211,15 +207,13 @@ class ShapesBenchmark:
     def _render_batch(self, step: int, count: int = 32) -> LabeledImages:
         """Render random scenes of one and two objects to train the detector on."""
         scenes = self._train_source.any_scenes(count, key("judge", step))
-        seeds = [key("judge", step, k) for k in range(count)]
-        placed = place(scenes, seeds)
+        placed = place(scenes, [key("judge", step, k) for k in range(count)])
         attributes = torch.zeros(count, 2, len(OBJECT_ATTRIBUTES), dtype=torch.int64)
         for n, scene in enumerate(scenes):
             for k, each in enumerate(scene.objects):
                 attributes[n, k] = torch.tensor(object_classes(each))
         background = torch.tensor([ATTRIBUTES["background"].index(scene.background) for scene in scenes])
-        present = placed.shape >= 0
-        centers = torch.where(present[..., None], placed.center, math.nan).float()
+        centers = torch.where((placed.shape >= 0)[..., None], placed.center, math.nan).float()
         images = quantize(self.data, paint(placed, self.source.image_size))
         return LabeledImages(images, centers, attributes, background)
 

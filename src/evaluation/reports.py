@@ -144,8 +144,7 @@ def evaluate_quality(
     save_samples(folder, evaluator, generated, measured)
     save_class_frequencies(folder, evaluator, generated)
     if isinstance(evaluator.data, TableDataModule):
-        first = next(iter(generated.values())).first
-        metrics["table"] = table_report(folder, evaluator.data, first)
+        metrics["table"] = table_report(folder, evaluator.data, next(iter(generated.values())).first)
     if len(generated) > 1:
         save_quality_curves(folder, samplers, generated, measured, baseline)
     return metrics

@@ -132,8 +132,7 @@ def _named(name: str, layers: nn.Sequential) -> dict[str, Tensor]:
     """Return the weights of our encoder or decoder by the names of diffusers."""
     ends = iter(("conv_in", "conv_out"))
     is_encoder, stage, block, result = name == "encoder", 0, 0, dict[str, Tensor]()
-    kinds = [type(each) for each in layers]
-    middle = kinds.index(SelfAttention)
+    middle = [type(each) for each in layers].index(SelfAttention)
     for k, layer in enumerate(layers):
         stages = f"{'down' if is_encoder else 'up'}_blocks.{stage}"
         if k == middle:

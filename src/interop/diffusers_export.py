@@ -51,11 +51,6 @@ class Pipeline(NamedTuple):
     """Of the images."""
 
     @property
-    def component(self) -> str:
-        """The folder of the model of diffusers."""
-        return component_of(self.config)
-
-    @property
     def is_custom(self) -> bool:
         """Whether the folder contains the code of its pipeline."""
         return isinstance(self.model_index["_class_name"], list)
@@ -143,9 +138,10 @@ def write_pipeline(folder: Path, pipeline: Pipeline) -> None:
         checks = [_inputs(pipeline.model_index["text"], batch) for batch in (1, 3)]
         write_network(folder, "torch_export", pipeline.program, pipeline.network, checks)
     if pipeline.config is not None:
-        _write_json(folder / pipeline.component / "config.json", pipeline.config)
+        component = folder / component_of(pipeline.config)
+        _write_json(component / "config.json", pipeline.config)
         weights = {name: value.contiguous() for name, value in pipeline.weights.items()}
-        (folder / pipeline.component / f"{WEIGHTS}.safetensors").write_bytes(save(weights, {"format": "pt"}))
+        (component / f"{WEIGHTS}.safetensors").write_bytes(save(weights, {"format": "pt"}))
     if pipeline.is_custom:
         shutil.copyfile(Path(__file__).with_name("diffusers_pipelines") / f"{CODE}.py", folder / f"{CODE}.py")
     _write_json(folder / "model_index.json", pipeline.model_index)

@@ -85,8 +85,7 @@ def diffusers(
             "v_prediction": level.alpha * pred.eps - level.sigma * pred.x0,
         }
         x = sampler.step(outputs[prediction_type], time, x, return_dict=False, **extra)[0]
-        is_last = i + 1 == len(times)
-        scaled = x if is_last else sampler.scale_model_input(x, times[i + 1])
+        scaled = x if i + 1 == len(times) else sampler.scale_model_input(x, times[i + 1])
         # Yield `steps` values, evenly spaced over the predictions.
         if (i + 1) * steps // len(times) > i * steps // len(times):
             yield scaled

@@ -172,11 +172,8 @@ def _between_rows(method: Method, diffusion: GaussianDiffusion, reason: str, fix
         lacks = f"{DDIM} with sampler.eta={method.eta:g}"
     if lacks:
         raise ValueError(f"{reason} needs noise levels that {lacks} does not have; add {fix}")
-    match method.scheduler:
-        case "DDPMScheduler":
-            return Method(DPM, 1.0, order=1)
-        case "DDIMScheduler":
-            return Method(DPM, method.eta, order=1)
+    if method.scheduler in (DDPM, DDIM):
+        return Method(DPM, 1.0 if method.scheduler == DDPM else method.eta, order=1)
     return method
 
 

@@ -59,8 +59,7 @@ def read_edm2(weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Imp
     if unknown := sorted(kwargs.keys() - OURS.keys() - REQUIRED.keys() - IGNORED):
         raise ValueError(f"init_from: EDM2's network with {first_names(unknown)} is not supported; choose another file")
     mult = kwargs.get("channel_mult", [1, 2, 3, 4])
-    allowed = {**REQUIRED, "channel_mult_emb": (None, max(mult))}
-    for name, values in allowed.items():
+    for name, values in {**REQUIRED, "channel_mult_emb": (None, max(mult))}.items():
         if kwargs.get(name, values[0]) not in values:
             raise ValueError(
                 f"init_from: EDM2's network with {name}={kwargs[name]} is not supported; choose one with {values[-1]}"

@@ -87,8 +87,7 @@ def describe_network(
 
 def _level_table(diffusion: GaussianDiffusion, schedule: Schedule) -> dict[str, list[float]]:
     u = torch.arange(1, schedule.num_steps + 1, dtype=torch.float64) / schedule.num_steps
-    levels = [*schedule.at(u), CLEAN]
-    t = NoiseLevel(*(torch.stack(values)[:, None] for values in zip(*levels, strict=True)))
+    t = NoiseLevel(*(torch.stack(values)[:, None] for values in zip(*schedule.at(u), CLEAN, strict=True)))
     ones = torch.ones_like(t.alpha)
     out = ones.expand(-1, diffusion.outputs)
     columns = {

@@ -54,8 +54,7 @@ class EfficientNet:
     @torch.no_grad()
     def feature_map(self, images: Tensor) -> Tensor:
         """Return features of patches of 16 x 16 of the resized images, (N, 112, 14, 14) float32."""
-        size = MICROBATCH_SIZE if images.device.type == "cpu" else len(images)
-        parts = torch.split(images, size)
+        parts = torch.split(images, MICROBATCH_SIZE if images.device.type == "cpu" else len(images))
         return torch.cat([next(islice(self.blocks(resize(part)), MAP_BLOCKS - 1, None)) for part in parts])
 
     def _pooled_features(self, images: Tensor) -> Tensor:

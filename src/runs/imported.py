@@ -92,8 +92,7 @@ def as_checkpoint(imported: "ImportedModel") -> dict[str, Any]:
     import torch
 
     weights = dict(imported.weights)
-    classes = imported.num_classes
-    if classes is not None and not imported.has_null_class:
+    if imported.num_classes is not None and not imported.has_null_class:
         table = weights["condition.table.weight"]
         weights["condition.table.weight"] = torch.cat([table, table.new_zeros(1, table.shape[1])])
     settings = compose_settings(imported)

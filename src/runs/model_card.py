@@ -114,14 +114,12 @@ images = net.decode(mean)
 ```
 
 """
-    header = {"tags": ["autoencoder", "pytorch"]}
-    return render_card(header, text, table_rows(rows), opened.checkpoint)
+    return render_card({"tags": ["autoencoder", "pytorch"]}, text, table_rows(rows), opened.checkpoint)
 
 
 def render_card(header: Mapping[str, Any], text: str, rows: list[list[str]], checkpoint: Path) -> str:
     """Return a card: front matter, text, the table of settings, and command and metrics of the checkpoint's run."""
-    in_run = checkpoint.parent.name == "checkpoints"
-    run = checkpoint.parents[1] if in_run else None
+    run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else None
     card = f"---\n{yaml.safe_dump(dict(header), sort_keys=False)}---\n\n{text}"
     card += f"## Settings\n{markdown_table(['setting', 'value'], rows)}\n"
     if run is not None and (overrides := published_overrides(run)) is not None:
@@ -211,7 +209,6 @@ def draw_card_samples(opened: OpenedRun) -> "Image":
     """Draw samples 0 to 15 of seed 0 with the run's own sampler, as `src.sample` does."""
     from src.viz.images import draw_samples
 
-    module = opened.module.to(pick_device("auto"))
-    *_, x = module.sample(range(NUM_SAMPLES), 0)
+    *_, x = opened.module.to(pick_device("auto")).sample(range(NUM_SAMPLES), 0)
     shown = opened.data.display(opened.data.denormalize(x).cpu())
     return draw_samples(shown, titles=opened.data.titles(NUM_SAMPLES))

@@ -106,8 +106,7 @@ def open_run(
     keep_freed_memory(torch.device("cpu"))
     if ema is None and not averaged:
         warnings.warn(f"{path} has no averaged weights; using the raw ones, as ema=false does", stacklevel=2)
-    length = None if isinstance(ema, bool | None) else ema
-    return OpenedRun(config, path, module.eval(), data, averaged, length)
+    return OpenedRun(config, path, module.eval(), data, averaged, None if isinstance(ema, bool | None) else ema)
 
 
 def configure_inference(opened: OpenedRun, precision: str, compile_mode: str | bool | None) -> None:

@@ -73,8 +73,7 @@ def update_settings(scheduler: LRScheduler, fresh: LRScheduler) -> None:
 
     Factors by which `NonFiniteGuard` lowered the learning rate stay.
     """
-    optimizer = fresh.optimizer
-    groups = [*zip(scheduler.optimizer.param_groups, optimizer.param_groups, strict=True)]
+    groups = [*zip(scheduler.optimizer.param_groups, fresh.optimizer.param_groups, strict=True)]
     for k, (old, new) in enumerate(groups):
         lowered = scheduler.base_lrs[k] / old["initial_lr"]
         same = new["initial_lr"] == old["initial_lr"]

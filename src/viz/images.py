@@ -82,8 +82,7 @@ def plot_signal(signal: Tensor) -> Tensor:
     for k, channel in enumerate(signal.tolist()):
         points = [(x, 4 + (height - 8) * (1 - value / 255)) for x, value in zip(across, channel, strict=True)]
         draw.line(points if count > 1 else [points[0], (width - 4, points[0][1])], COLORS[k % len(COLORS)], 3)
-    smooth = image.resize(SIGNAL_SIZE, Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(smooth)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image.resize(SIGNAL_SIZE, Image.Resampling.LANCZOS))).permute(2, 0, 1)
 
 
 def central_slices(volumes: Tensor) -> Tensor:

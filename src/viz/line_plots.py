@@ -44,8 +44,7 @@ def loss_curves(logs: Sequence[Path]) -> Image.Image | None:
     series = read_logs(logs, [*labels])
     if not series:
         return None
-    height = 2.0 * len(series) + 1.0
-    figure, panels = new_figure(7.0, height, rows=len(series), shared_x=True)
+    figure, panels = new_figure(7.0, 2.0 * len(series) + 1.0, rows=len(series), shared_x=True)
     panels[0, 0].set_title("Training curves")
     for axes, (name, (steps, values)) in zip(panels[:, 0], series.items(), strict=True):
         axes.plot(steps, values, color=COLORS[0], linewidth=1.0, marker="o" if len(steps) < 30 else "", markersize=3)

@@ -78,8 +78,7 @@ class NonFiniteGuard(L.Callback):
             return
         values = {name: torch.stack([each[name] for each in self._microbatches]) for name in self._microbatches[0]}
         self._microbatches.clear()
-        step = Step(trainer.global_step - 1, pl_module.grad_norm, values, self._lr, self._scale)
-        self._steps.append(step)
+        self._steps.append(Step(trainer.global_step - 1, pl_module.grad_norm, values, self._lr, self._scale))
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._check(trainer, pl_module)
 
