@@ -249,7 +249,8 @@ def digits(root: str | None, image_size: int | Sequence[int], channels: int, pre
     from sklearn.datasets import load_digits
 
     wanted = (*height_and_width(image_size), channels)
-    _require(wanted == (8, 8, 1), "data=digits are 8x8 and gray; set data.image_size=8 data.channels=1")
+    if wanted != (8, 8, 1):
+        raise ValueError("data=digits are 8x8 and gray; set data.image_size=8 data.channels=1")
     loaded = load_digits()
     labels = Labels(torch.from_numpy(loaded.target).long(), [str(name) for name in loaded.target_names])
     return InMemory(torch.from_numpy(loaded.images.astype(np.uint8))[:, None], labels)
@@ -296,14 +297,15 @@ def open_dataset(dataset: Callable[..., Any], root: str | None, prepare: bool) -
     while isinstance(inner, partial):
         inner = inner.func
     name = getattr(inner, "__name__", "dataset")
-    _require(root is not None, f"data.root=null is not a folder; set data.root to the folder of {name}")
+    if root is None:
+        raise ValueError(f"data.root=null is not a folder; set data.root to the folder of {name}")
     try:
         return dataset(root=root, download=prepare)
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, pickle.UnpicklingError, zlib.error) as error:
         # Torchvision has no single error for missing files without network, nor for incomplete files.
         reason = " ".join(str(error).split())[:200].rstrip(": ") or type(error).__name__
         raise ValueError(
-            f"{format_override('data.root', Path(root or '.').resolve())} "
+            f"{format_override('data.root', Path(root).resolve())} "
             f"has no complete {name}, and it cannot be downloaded ({reason}); "
             "connect to the network, put the dataset's original files there, or set data.root to their folder"
         ) from error
@@ -325,8 +327,3 @@ def _image_of(dataset: Any, i: int) -> Image.Image:
     """Return the image of a torchvision dataset's pair of image and target."""
     image: Image.Image = dataset[i][0]
     return image
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -54,12 +55,12 @@ def compare_samplers(
     return results, moments_distance(next(iter(flows.values())), data)
 
 
+@dataclass
 class IdealPredictor:
     """Predict the exact E[x_0 | x_t] of a mixture in place of a network, and count the calls."""
 
-    def __init__(self, data: GaussianMixture) -> None:
-        self.data = data
-        self.calls = 0
+    data: GaussianMixture
+    calls: int = 0
 
     def __call__(self, x: Tensor, t: NoiseLevel) -> Prediction:
         self.calls += 1
@@ -67,12 +68,12 @@ class IdealPredictor:
         return Prediction(x0, (x - t.alpha * x0) / t.sigma)
 
 
+@dataclass
 class CountingNoise:
     """Draw noise for samplers from one generator, and count the calls."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-        self.calls = 0
+    generator: torch.Generator
+    calls: int = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         self.calls += 1

@@ -172,9 +172,7 @@ def to_diffusers(weights: Mapping[str, Tensor], model: Mapping[str, Any]) -> dic
     result: dict[str, Tensor] = {}
     for name, parts in weight_names(model):
         if name in weights:
-            value = weights[name]
-            if name == TIME:
-                value = rotated(value, model)
+            value = rotated(weights[name], model) if name == TIME else weights[name]
             result.update(zip(parts, (part.clone() for part in value.chunk(len(parts))), strict=True))
     return result
 

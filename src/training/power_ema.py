@@ -188,12 +188,10 @@ def tracked_averages(checkpoint: Mapping[str, Any], path: Path, override: str) -
             f"{format_override('callbacks.power_ema.lengths', [0.05, 0.1])}"
         )
     end = last_update(int(saved["steps"]))
-    files = []
-    for step, file in snapshots(averages_folder(path)):
-        if step < end and _is_complete(file, saved["averages"]):
-            files.append((step, file))
-    steps = [*(step for step, _ in files), end]
-    return TrackedAverages(saved["lengths"], steps, [file for _, file in files], saved["averages"])
+    earlier = [(step, file) for step, file in snapshots(averages_folder(path)) if step < end]
+    kept = [(step, file) for step, file in earlier if _is_complete(file, saved["averages"])]
+    steps, files = [*(step for step, _ in kept), end], [file for _, file in kept]
+    return TrackedAverages(saved["lengths"], steps, files, saved["averages"])
 
 
 def with_average(checkpoint: Mapping[str, Any], path: Path, length: float) -> dict[str, Any]:

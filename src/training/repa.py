@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +30,12 @@ class Encoder(Protocol):
         """Move to a device."""
 
 
+@dataclass(eq=False)
 class HiddenFeatures:
     """A forward hook that keeps the output of a module while `enabled`."""
 
-    def __init__(self) -> None:
-        self.enabled = False
-        self.output: Tensor | None = None
+    enabled: bool = False
+    output: Tensor | None = None
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self.enabled:
@@ -171,8 +172,7 @@ def find_layer(net: nn.Module, layer: str | None) -> str:
 
 def trial_output(net: nn.Module, layer: str, inputs: Sequence[Tensor | None]) -> Any:
     """Return the output of a module of the network, on the meta device; None if the network does not call it."""
-    trial, kept = copy.deepcopy(net).to("meta"), HiddenFeatures()
-    kept.enabled = True
+    trial, kept = copy.deepcopy(net).to("meta"), HiddenFeatures(enabled=True)
     trial.get_submodule(layer).register_forward_hook(kept)
     with torch.no_grad():
         trial(*(x.to("meta") for x in inputs if x is not None))
