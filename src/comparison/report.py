@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
@@ -154,12 +155,9 @@ class Report:
 
     def cost_table(self) -> tuple[list[str], list[list[str]]]:
         """Return header and rows: the mean costs of each group."""
-        known = [name for name in COSTS if any(name in r.costs for g in self.groups for r in g.records)]
-        rows = []
-        for k in self.order:
-            group = self.groups[k]
-            values = [[r.costs[name] for r in group.records if name in r.costs] for name in known]
-            rows.append([group.label, *(format_number(sum(v) / len(v) if v else math.nan) for v in values)])
+        means = pd.DataFrame([pd.DataFrame([r.costs for r in group.records]).mean() for group in self.groups])
+        known = [name for name in COSTS if name in means]
+        rows = [[self.groups[k].label, *map(format_number, means.loc[k, known])] for k in self.order]
         return ["", *(COSTS[name] for name in known)], rows
 
     def markdown(self) -> str:

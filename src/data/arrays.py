@@ -201,9 +201,7 @@ class ArrayDataModule(ImageDataModule):
     """
 
     inferred_settings: ClassVar[Sequence[str]] = (
-        "value_range",
-        "dtype",
-        "file_type",
+        *ImageDataModule.inferred_settings,
         "channels",
         "image_size",
         "header",

@@ -148,18 +148,8 @@ class EdmAugmentation(NamedTuple):
 def edm_labels(a: Tensor) -> Tensor:
     """Return the augmentation labels (B, EDM_LABELS) of parameters a (B, 8); 0 for an unchanged image."""
     x_flip, y_flip, scale, turn, axis, stretch, right, down = a.unbind(1)
-    labels = (
-        x_flip,
-        y_flip,
-        scale,
-        turn.cos() - 1,
-        turn.sin(),
-        stretch * axis.cos(),
-        stretch * axis.sin(),
-        right,
-        down,
-    )
-    return torch.stack(labels, dim=1)
+    warps = turn.cos() - 1, turn.sin(), stretch * axis.cos(), stretch * axis.sin()
+    return torch.stack([x_flip, y_flip, scale, *warps, right, down], dim=1)
 
 
 def apply_edm(x: Tensor, a: Tensor) -> Tensor:

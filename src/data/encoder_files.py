@@ -141,14 +141,9 @@ def open_encoder(folder: Path) -> torch.nn.Module:
         known = type(config) in package.MODEL_FOR_TEXT_ENCODING_MAPPING
         auto_class = package.AutoModelForTextEncoding if known else package.AutoModel
         with _quiet(package):
+            options = {"use_safetensors": True, "trust_remote_code": False, "local_files_only": True}
             net, loaded = auto_class.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
+                folder, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"the encoder in {folder} cannot be opened ({one_line(error)}); save it again") from error

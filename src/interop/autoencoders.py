@@ -79,14 +79,9 @@ def read_diffusers_autoencoder(folder: Path) -> DiffusersAutoencoder:
     with optional_package(override, "diffusers", ", or train an autoencoder with task=autoencoder"):
         import diffusers
     kind = getattr(diffusers, read_config(folder / "config.json")["_class_name"])
+    options = {"local_files_only": True, "low_cpu_mem_usage": False, "output_loading_info": True}
     try:
-        net, loaded = kind.from_pretrained(
-            str(folder),
-            local_files_only=True,
-            torch_dtype=torch.float32,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
+        net, loaded = kind.from_pretrained(str(folder), torch_dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(f"{override} cannot be read ({one_line(error)}); save it again") from error
     if missing := loaded["missing_keys"]:
