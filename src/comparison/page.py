@@ -50,6 +50,7 @@ def render_page(report: Report, charts: Mapping[str, bytes]) -> str:
     return environment.from_string(TEMPLATE.read_text()).render(
         report=report,
         order=report.order,
+        labels=["", *(report.groups[k].label for k in report.order)],
         ranked=report.ranked,
         unranked=report.unranked,
         sentences=[describe_ranking(report.groups, r) for r in [*report.ranked[1:], *report.unranked]],

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from src.data.columns import EXACT, Cells, Column, ColumnType, Floats
+from src.data.columns import EXACT, Cells, Column, Floats
 from src.data.dates import (
     COMPACT_FORMAT,
     EPOCHS,
@@ -156,7 +156,7 @@ def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np
         lowered = tuple(word.lower() for word in words)
         pairs = [*BOOLEANS, ("0", "1")] if given else BOOLEANS
         if lowered in pairs or (given and len(words) == 2):
-            return _valid("boolean", cells, missing, {"categories": words, "dtype": dtype})
+            return _booleans(cells, missing, {"categories": words, "dtype": dtype})
         if given and len(words) == 1 and any(set(lowered) <= set(pair) for pair in pairs):
             return _left_out(missing, f"constant {words[0]!r}")
     numeric = table.is_text or given in ("number", "integer")
@@ -216,10 +216,8 @@ def _numbers_of_texts(
     return Cells("number", values, missing, ~valid & ~missing, details=details)
 
 
-def _valid(
-    kind: ColumnType, values: Sequence[Any], missing: npt.NDArray[np.bool_], details: Mapping[str, Any]
-) -> Cells:
-    return Cells(kind, np.array(values, dtype=object), missing, np.zeros_like(missing), details=details)
+def _booleans(values: Sequence[Any], missing: npt.NDArray[np.bool_], details: Mapping[str, Any]) -> Cells:
+    return Cells("boolean", np.array(values, dtype=object), missing, np.zeros_like(missing), details=details)
 
 
 def _parse_dates(
@@ -288,11 +286,11 @@ def _parse_typed(series: "pd.Series[Any]", missing: npt.NDArray[np.bool_], given
     if given == "boolean" and len(set(present)) == 2:
         words = sorted(set(present))
         values = [cell.item() if isinstance(cell, np.generic) else cell for cell in cells]
-        return _valid("boolean", values, missing, {**details, "categories": [values[cells.index(w)] for w in words]})
+        return _booleans(values, missing, {**details, "categories": [values[cells.index(w)] for w in words]})
     if types.is_bool_dtype(series.dtype) or all(isinstance(cell, bool | np.bool_) for cell in present):
         if given in (None, "boolean"):
             values = [bool(cell) if not lacks else False for cell, lacks in zip(cells, missing, strict=True)]
-            return _valid("boolean", values, missing, details)
+            return _booleans(values, missing, details)
         cells = [cell if lacks else int(cell) for cell, lacks in zip(cells, missing, strict=True)]
     if types.is_datetime64_any_dtype(series.dtype) or all(isinstance(cell, datetime.date) for cell in present):
         if given in ("number", "integer", "boolean"):

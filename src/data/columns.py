@@ -182,9 +182,7 @@ class Column:
         finite = np.isfinite(display)
         known = display[finite]
         cells: Any
-        if self.type == "category":
-            cells = [self.categories[int(k)] for k in known]
-        elif self.type == "boolean":
+        if self.type in ("category", "boolean"):
             cells = [(self.categories or [False, True])[int(k)] for k in known]
         elif self.type == "date":
             cells = self._dates(known)

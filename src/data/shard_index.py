@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -62,11 +63,10 @@ def build_index(paths: Sequence[Path], keys: Keys) -> ShardIndex:
     left_out: dict[str, list[str]] = {}
     for number, path in enumerate(tqdm(paths, unit="shard", desc="Indexing shards once", disable=len(paths) < 10)):
         try:
-            places = tar_places(path)
+            if (places := tar_places(path)) is None:
+                raise ValueError("it is not a tar file")
         except ValueError as error:
             raise damaged_shard(path, error) from error
-        if places is None:
-            raise damaged_shard(path, ValueError("it is not a tar file"))
         with path.open("rb") as file:
             samples += _samples_of(file, path, number, places, keys, left_out)
     if not samples:
@@ -172,7 +172,6 @@ class _Fields:
     path: Path
     endings: dict[str, str]
     text: Callable[[str], str]
-    _json: dict[str, Any] | None = None
 
     def first(self, keys: Sequence[str]) -> str | list[str] | None:
         """Return the first text that exists under `keys`; integers become text. Raises ValueError for other values."""
@@ -180,7 +179,7 @@ class _Fields:
             if key.lower() in self.endings and key.lower() != "json":
                 return self.text(self.endings[key.lower()])
         for key in keys:
-            value = self.json().get(key)
+            value = self.json.get(key)
             if isinstance(value, bool | float | dict):
                 raise ValueError(
                     f"{self.path}: {self.endings['json']} has {key}={value!r:.60}; it must be a text or a whole number"
@@ -189,29 +188,25 @@ class _Fields:
                 return [str(each) for each in value] if isinstance(value, list) else str(value)
         return None
 
+    @cached_property
     def json(self) -> dict[str, Any]:
-        if self._json is None:
-            self._json = {}
-            if "json" in self.endings:
-                name = self.endings["json"]
-                try:
-                    loaded = json.loads(self.text(name))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{self.path}: {name} is not JSON ({error}); write the shard again") from error
-                self._json = loaded if isinstance(loaded, dict) else {}
-        return self._json
+        if (name := self.endings.get("json")) is None:
+            return {}
+        try:
+            loaded = json.loads(self.text(name))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{self.path}: {name} is not JSON ({error}); write the shard again") from error
+        return loaded if isinstance(loaded, dict) else {}
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
     """Store an index in an .npz file; warn if it cannot be written."""
     columns: dict[str, Any] = {"shard": index.shard, "offset": index.offset, "size": index.size}
-    columns |= {f"names_{name}": array for name, array in index.names.arrays().items()}
-    if index.classes is not None:
-        columns |= {f"classes_{name}": array for name, array in index.classes.arrays().items()}
+    texts = {"names": index.names} | ({} if index.classes is None else {"classes": index.classes})
     if index.captions is not None:
-        columns["counts"] = np.array([len(texts) for texts in index.captions], np.int64)
-        texts = Names(text for texts in index.captions for text in texts)
-        columns |= {f"captions_{name}": array for name, array in texts.arrays().items()}
+        columns["counts"] = np.array([len(captions) for captions in index.captions], np.int64)
+        texts["captions"] = Names(text for captions in index.captions for text in captions)
+    columns |= {f"{key}_{name}": array for key, each in texts.items() for name, array in each.arrays().items()}
     about = json.dumps({"left_out": index.left_out, "about": index.about}).encode()
     file = io.BytesIO()
     np.savez(file, about=np.frombuffer(about, np.uint8), **columns)

@@ -259,9 +259,7 @@ class TableDataModule(BaseDataModule):
     def _encode(self, display: Sequence[Any]) -> Tensor:
         """Return the encoded values (N, D) in float64."""
         encoded = [column.encode(values) for column, values in zip(self.encoders, display, strict=True)]
-        return torch.tensor(
-            [each[:, k].tolist() for each in encoded for k in range(each.shape[1])], dtype=torch.float64
-        ).T
+        return torch.from_numpy(np.concatenate(encoded, axis=1).T.copy()).T
 
 
 def _signs(separator: str | None, decimal: str | None) -> tuple[str | None, str | None]:

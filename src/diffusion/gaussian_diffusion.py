@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from src.diffusion.noise import NoiseLevel
+from src.diffusion.noise import NoiseLevel, per_sample
 
 Target = Literal["eps", "x0", "v", "edm", "velocity"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned"]
@@ -202,8 +202,8 @@ class GaussianDiffusion(nn.Module):
     def _clip(self, x0: Tensor, clip_x0: float) -> Tensor:
         if self.dynamic_threshold is None:
             return x0.clamp(-clip_x0, clip_x0)
-        limit = torch.quantile(x0.abs().flatten(1), self.dynamic_threshold, dim=1).clamp(min=clip_x0)
-        limit = limit.view(-1, *[1] * (x0.ndim - 1))
+        largest = torch.quantile(x0.abs().flatten(1), self.dynamic_threshold, dim=1)
+        limit = per_sample(largest.clamp(min=clip_x0), x0)
         return x0.clamp(-limit, limit) * (clip_x0 / limit)
 
     def _log_variance(self, variance: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:

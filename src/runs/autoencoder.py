@@ -79,14 +79,13 @@ class OpenedAutoencoder(NamedTuple):
     checkpoint: Path
 
 
-def open_autoencoder(location: str, trust: bool = False, setting: str = "autoencoder") -> "KLAutoencoder":
+def open_autoencoder(location: str, trust: bool = False) -> "KLAutoencoder":
     """Return the autoencoder of a run folder, a checkpoint or an exported model, for inference, on the CPU.
 
-    It has the averaged weights if there are any. `setting` is the name of `location` in messages. Without `trust`, only
-    classes that conf/ names are instantiated. Raises FileNotFoundError if it does not exist, and ValueError for another
-    kind of model.
+    It has the averaged weights if there are any. Without `trust`, only classes that conf/ names are instantiated.
+    Raises FileNotFoundError if it does not exist, and ValueError for another kind of model.
     """
-    return read_autoencoder(find_checkpoint(location, None, setting=setting), trust).net
+    return read_autoencoder(find_checkpoint(location, None, setting="autoencoder"), trust).net
 
 
 def read_autoencoder(path: Path, trust: bool = False, ema: bool | float | None = None) -> OpenedAutoencoder:

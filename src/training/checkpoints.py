@@ -5,6 +5,7 @@ import math
 import pickletools
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,20 +33,15 @@ def newest_first(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> float:
     """Return the step of a checkpoint without loading or unpickling it; infinity if it cannot be read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (member,) = (m for m in archive.infolist() if m.filename.rpartition("/")[2] == "data.pkl")
-            # torch.save does not compress; reading only stored members bounds the memory by the file size.
-            if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
-                return math.inf
-            operations = pickletools.genops(archive.read(member))
-            if any(argument == "global_step" for _, argument, _ in operations):
-                numbers = (
-                    value for code, value, _ in operations if code.name in ("BININT", "BININT1", "BININT2", "LONG1")
-                )
-                return float(next(numbers, None) or 0)
-    except UNREADABLE:
-        pass
+    with suppress(*UNREADABLE), zipfile.ZipFile(path) as archive:
+        (member,) = (m for m in archive.infolist() if m.filename.rpartition("/")[2] == "data.pkl")
+        # torch.save does not compress; reading only stored members bounds the memory by the file size.
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+            return math.inf
+        operations = pickletools.genops(archive.read(member))
+        if any(argument == "global_step" for _, argument, _ in operations):
+            numbers = (value for code, value, _ in operations if code.name in ("BININT", "BININT1", "BININT2", "LONG1"))
+            return float(next(numbers, None) or 0)
     return math.inf
 
 

@@ -15,7 +15,7 @@ from src.data.module import Coupling
 from src.data.samplers import VALIDATION
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.losses import Denoise
-from src.diffusion.noise import CLEAN, Schedule, Transition
+from src.diffusion.noise import CLEAN, Schedule, Transition, per_sample
 from src.diffusion.timestep_samplers import ImportanceSampler, TimestepSampler, stratified
 from src.rng import StepRng
 from src.training.base import TrainingModule
@@ -109,7 +109,7 @@ class DiffusionModule(SamplingModule, TrainingModule):
         if not self.cond_drop_prob:
             return cond
         dropped = rng.uniform("drop") < self.cond_drop_prob
-        return torch.where(dropped.view(-1, *[1] * (cond.ndim - 1)), self.null, cond)
+        return torch.where(per_sample(dropped, cond), self.null, cond)
 
     def transition(self, v: Tensor, like: Tensor) -> Transition:
         """Return the transition of the loss at v (B,) in [0, 1), broadcast to `like`; see `LossFn`."""

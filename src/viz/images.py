@@ -155,6 +155,15 @@ def tile(images: Sequence[Image.Image], columns: int | None = None, gap: int = 8
     return canvas
 
 
+def add_captions(image: Image.Image, texts: Sequence[str], size: int, left: float = 0) -> Image.Image:
+    """Write texts below an image, centered on parts of equal width from `left` to its right end."""
+    canvas = extend(image, bottom=TITLE_HEIGHT)
+    width = (image.width - left) / len(texts)
+    for k, text in enumerate(texts):
+        draw_text(canvas, (left + (k + 0.5) * width, image.height + TITLE_HEIGHT / 2), text, size, "mm")
+    return canvas
+
+
 def draw_trajectory(frames: Sequence[Tensor], captions: Sequence[str] = (), count: int = 12) -> Image.Image:
     """Draw up to `count` frames with captions: a row per image with a column per frame, or scatter plots in rows."""
     chosen = evenly_spaced_indices(len(frames), count)
@@ -163,13 +172,7 @@ def draw_trajectory(frames: Sequence[Tensor], captions: Sequence[str] = (), coun
         plots = _scatter_frames(shown, size=2.2)
         return tile(list(map(add_title, plots, texts)) if texts else plots, columns=4)
     strip = image_grid(torch.stack(shown, dim=1).flatten(0, 1), columns=len(shown))
-    if texts:
-        height = strip.height
-        strip = extend(strip, bottom=TITLE_HEIGHT)
-        for k, text in enumerate(texts):
-            center = (k + 0.5) * strip.width / len(texts), height + TITLE_HEIGHT / 2
-            draw_text(strip, center, text, 11, "mm")
-    return strip
+    return add_captions(strip, texts, 11) if texts else strip
 
 
 def _scatter_frames(frames: Sequence[Tensor], size: float) -> list[Image.Image]:
@@ -190,13 +193,9 @@ def neighbor_rows(samples: Tensor, nearest: Tensor, distances: Tensor, num_candi
     """Draw samples above the training images nearest to them, both (N, C, H, W), in order of distance (N,)."""
     order = distances.argsort()
     rows = labeled_rows([samples[order], nearest[order]], ["samples", "nearest"])
-    canvas = extend(rows, bottom=TITLE_HEIGHT)
-    center = rows.height + TITLE_HEIGHT / 2
-    draw_text(canvas, (6, center), "RMS difference")
-    width = (rows.width - LABEL_WIDTH - GAP) / len(order)
-    for k, distance in enumerate(distances[order].tolist()):
-        text = format_number(distance, 0.1)
-        draw_text(canvas, (LABEL_WIDTH + GAP + (k + 0.5) * width, center), text, 12, "mm")
+    texts = [format_number(distance, 0.1) for distance in distances[order].tolist()]
+    canvas = add_captions(rows, texts, 12, left=LABEL_WIDTH + GAP)
+    draw_text(canvas, (6, rows.height + TITLE_HEIGHT / 2), "RMS difference")
     return add_title(canvas, f"Samples and the nearest of {num_candidates:,} training samples")
 
 

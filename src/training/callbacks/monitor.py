@@ -127,10 +127,8 @@ def append_start(path: Path, start: dict[str, Any]) -> None:
 def schedule_picture(schedule: Schedule) -> Any:
     """Plot beta, alpha_bar and log-SNR over time."""
     at = schedule.at((torch.arange(schedule.num_steps, dtype=torch.float64) + 1) / schedule.num_steps)
-    alpha, sigma = (torch.stack([getattr(level, name) for level in at]) for name in ("alpha", "sigma"))
     # Variance-exploding schedules are normalized to alpha^2 + sigma^2 = 1.
-    norm = torch.hypot(alpha, sigma)
-    alpha, sigma = alpha / norm, sigma / norm
+    alpha, sigma = (torch.stack([getattr(level, name) / level.norm for level in at]) for name in ("alpha", "sigma"))
     before = torch.cat([torch.ones(1, dtype=torch.float64), alpha[:-1]])
     return line_plots.schedule_curves({"this run": (1 - (alpha / before).square(), alpha, sigma)})
 
