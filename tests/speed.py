@@ -1,23 +1,29 @@
 """Make a process of the tests faster, without torch and without other results."""
 
 import gc
-from copy import deepcopy
+import pickle
+from dataclasses import astuple, replace
 from functools import cache
 from typing import Any
 
 import omegaconf.base
 import yaml
+from hydra._internal import config_loader_impl
+from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from src.config.search_path import CONF
 
 
 def speed_up() -> None:
-    """Search for garbage less often, and parse each YAML text and each interpolation once.
+    """Search for garbage less often; parse each text and interpolation, and compose each choice of files, once.
 
-    By default Python searches the many objects of imported modules again and again: a tenth of the time. Parsing the
-    same files is a fifth of the time to compose a configuration.
+    By default Python searches the many objects of imported modules again and again: a tenth of the time.
     """
     gc.set_threshold(20_000, 20, 20)
     load = yaml.load
-    parsed: dict[tuple[str, str], Any] = {}
+    parsed: dict[tuple[str, str], bytes] = {}
 
     def load_once(stream: Any, Loader: type) -> Any:
         text = stream
@@ -27,8 +33,42 @@ def speed_up() -> None:
             stream.seek(start)
         key = text, Loader.__qualname__  # OmegaConf makes a new class for each file
         if key not in parsed:
-            parsed[key] = load(stream, Loader)  # whose name an error has
-        return deepcopy(parsed[key])
+            parsed[key] = pickle.dumps(load(stream, Loader))  # whose name an error has
+        return pickle.loads(parsed[key])  # a copy, six times as fast as deepcopy
 
     yaml.load = load_once
     omegaconf.base.parse = cache(omegaconf.base.parse)
+    _compose_once()
+
+
+def _compose_once() -> None:
+    """Reuse what Hydra makes of the same files of conf/ before it overrides values: four fifths of its time."""
+    create = config_loader_impl.create_defaults_list
+    loader = config_loader_impl.ConfigLoaderImpl
+    compose = loader._compose_config_from_defaults_list
+    lists: dict[tuple[Any, ...], DefaultsList] = {}
+    composed: dict[tuple[Any, ...], bytes] = {}
+
+    def sources(repo: Any) -> tuple[str, ...] | None:
+        """Return the folders of `repo`, or None if files may change, as those in folders of users do."""
+        ours = all(each.scheme() != "file" or each.path == str(CONF) for each in repo.get_sources())
+        return tuple(each.path for each in repo.get_sources()) if ours else None
+
+    def create_once(repo: Any, config_name: str, overrides_list: list[Any], **further: bool) -> DefaultsList:
+        typed = Overrides(repo, overrides_list)
+        choices = (each.input_line for each in overrides_list if each not in typed.config_overrides)
+        key = sources(repo), config_name, *choices, *further.items()
+        if key[0] is None or key not in lists:
+            lists[key] = create(repo, config_name, overrides_list, **further)
+        return replace(lists[key], config_overrides=typed.config_overrides)
+
+    def compose_once(self: Any, defaults: list[Any], repo: Any) -> DictConfig:
+        key = sources(repo), *map(astuple, defaults)
+        if key[0] is None or key not in composed:
+            composed[key] = pickle.dumps(compose(self, defaults, repo))
+        copy: DictConfig = pickle.loads(composed[key])
+        return copy
+
+    config_loader_impl.create_defaults_list = create_once
+    loader._compose_config_from_defaults_list = compose_once
+    ConfigStore.__deepcopy__ = lambda self, memo: self  # copied for each composition, changed by none
