@@ -46,6 +46,7 @@ class Arrays:
         class_pattern: a regular expression with one group, which matches the class in the path of a file.
         key: the name of the array, for .npz files with several arrays.
         length: the length of signals: longer ones are cut, shorter ones are zero-padded at the end.
+        masks: use masks beside images, see `src.data.masks`, as samples; False leaves them out.
 
     A file of one sample has the shape (C, *size) or `size`. Images and volumes of another size are resampled; signals
     are cut or zero-padded. Opening raises FileNotFoundError if there are no files, DataReadError for unreadable files,
@@ -56,6 +57,7 @@ class Arrays:
     class_pattern: str | None = None
     key: str | None = None
     length: int | None = None
+    masks: bool = False
 
     def shape(self, root: Any, channels: int | None, image_size: int | Sequence[int] | None) -> tuple[int, ...]:
         """Return the shape (C, *size) of a sample from the settings; those that are None come from the first file."""
@@ -64,7 +66,7 @@ class Arrays:
             return (channels, *size)
         if (path := one_file(root, self.labels)) is not None:
             return arrange(path, open_numpy(path, self.key), channels, size, batched=True).shape[1:]
-        found = find_arrays(root, None, self.labels)
+        found = find_arrays(root, None, self.labels, self.masks)
         first: DataReadError | None = None
         for k in range(len(found)):
             try:
@@ -103,7 +105,7 @@ class Arrays:
         size = self._size(image_size)
         assert size is not None
         if (path := one_file(root, self.labels)) is None:
-            found = find_arrays(root, val_root, self.labels)
+            found = find_arrays(root, val_root, self.labels, self.masks)
             return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir)
         if val_root is not None:
             raise ValueError(

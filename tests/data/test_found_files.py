@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -175,8 +176,8 @@ def test_splits_have_a_word_in_their_names(tmp_path, train, val, test):
 
 
 def test_other_names_with_train_are_classes(tmp_path):
-    save(tmp_path, "train/1.png", "train_masks/1.png", "testbed/1.png", "test_日本/1.png")
-    assert open_folder(str(tmp_path)).labels.classes == ["test_日本", "testbed", "train", "train_masks"]
+    save(tmp_path, "train/1.png", "train_noise/1.png", "testbed/1.png", "test_日本/1.png")
+    assert open_folder(str(tmp_path)).labels.classes == ["test_日本", "testbed", "train", "train_noise"]
 
 
 def test_roots_of_one_class_each_keep_it(tmp_path):
@@ -227,6 +228,26 @@ def test_backslashes_in_archives_separate_folders(tmp_path):
     archive.write_bytes(archive.read_bytes().replace(b"a/1.png", rb"a\1.png").replace(b"b/2.png", rb"b\2.png"))
     found = open_folder(str(archive)).found
     assert list(found.names) == [*files] and [found.open(k).read() for k in range(2)] == [*files.values()]
+
+
+@pytest.mark.parametrize("packed", ["zip", "tar", "gztar"])
+def test_replaced_files_of_archives_are_reported(tmp_path, packed):
+    """The last of several files with one name is the current one, as after an update of the archive."""
+    save(tmp_path, "0.png", "1.png", "2.png")
+    contents = [(tmp_path / f"{k}.png").read_bytes() for k in range(3)]
+    names = ["a.png", "b.png", "./a.png" if "tar" in packed else "a.png"]
+    archive = tmp_path / "x"
+    if packed == "zip":
+        with zipfile.ZipFile(archive, "w") as out, pytest.warns(UserWarning, match="Duplicate name"):
+            for name, data in zip(names, contents, strict=True):
+                out.writestr(name, data)
+    else:
+        with tarfile.open(archive, "w:gz" if packed == "gztar" else "w") as out:
+            for k, name in enumerate(names):
+                out.add(tmp_path / f"{k}.png", name)
+    source = open_folder(str(archive))
+    assert [source.found.open(k).read() for k in range(2)] == [contents[2], contents[1]]
+    assert "left out: 1 replaced" in source.summary and "(a.png)" in source.summary
 
 
 def test_names_that_cannot_be_printed_are_escaped(tmp_path):
