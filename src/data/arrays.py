@@ -91,6 +91,7 @@ class Arrays:
         skip_unreadable: bool | float = False,
         cache_dir: str | None = None,
         val_root: str | None = None,
+        affine: Any = None,
     ) -> ArraySource:
         """Return the samples below `root`, of this shape.
 
@@ -101,12 +102,13 @@ class Arrays:
             cache_dir: the folder for the decoded samples of many files; None is below the user's cache folder.
             val_root: the folder or archive of the validation samples. None uses a validation folder in the root if
                 there is one, else the fraction `data.val_fraction`.
+            affine: the affine (4, 4) to whose axes volumes are turned; None takes that of the first file.
         """
         size = self._size(image_size)
         assert size is not None
         if (path := one_file(root, self.labels)) is None:
             found = find_arrays(root, val_root, self.labels, self.masks)
-            return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir)
+            return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir, affine)
         if val_root is not None:
             raise ValueError(
                 f"{format_override('data.val_root', val_root)} is for one file per sample, and {path} has all samples; "
@@ -149,6 +151,7 @@ class Arrays:
         value_range: Sequence[float] | None,
         skip_unreadable: bool | float,
         cache_dir: str | None,
+        affine: Any,
     ) -> ArraySource:
         classes: Sequence[str] | None = None
         if self.labels is not None:
@@ -157,7 +160,7 @@ class Arrays:
             classes = class_by_pattern(found, self.class_pattern)
         else:
             found, classes = class_folders(found)
-        folder = decode_all(found, channels, size, self.key, cache_dir)
+        folder = decode_all(found, channels, size, self.key, cache_dir, affine)
         about = json.loads((folder / "about.json").read_text())
         errors = {int(k): str(reason) for k, reason in about["errors"].items()}
         check_readable(found, errors, skip_unreadable, "files")
@@ -236,6 +239,7 @@ class ArrayDataModule(ImageDataModule):
     ) -> None:
         channels, *size = source.shape(root, channels, image_size)
         settings: dict[str, Any] = {"skip_unreadable": skip_unreadable, "cache_dir": cache_dir, "val_root": val_root}
+        settings["affine"] = (header or {}).get("affine")
         super().__init__(
             partial(source, value_range=value_range, **settings), root, channels, size, value_range=value_range,
             dtype=dtype, file_type=file_type, flip=flip, batch_size=batch_size, val_fraction=val_fraction,

@@ -83,6 +83,8 @@ def find_images(
         examples = ".png, .jpg or .npy" if noun == "image" else ".npy, .wav or .nii.gz"
         kept = {suffix_of(name) for names in left_out.values() for name in names} | {suffix_of(root.name)}
         fix = "; save the arrays in it by numpy.save" if kept & CONTAINERS else ""
+        if noun == "image" and ".tar" in kept and root.is_dir():
+            fix = f"; for shards type data=webdataset {format_override('data.urls', str(root / '*.tar'))}"
         raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else "") + fix)
     sizes, times = (np.array([file[k] for file in used], np.int64) for k in (1, 2))
     return FoundImages(
