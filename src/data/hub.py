@@ -79,10 +79,8 @@ def hub(
         for name in chosen
     ]
     if empty := [name for name, part in zip(chosen, parts, strict=True) if not len(part)]:
-        raise ValueError(
-            f"{format_override('data.name', root)} has no rows in its split {empty[0]}; set data.name to another "
-            f"dataset, or data.source.{'split' if empty[0] == train else 'val_split'} to another split"
-        )
+        setting = format_override("data.name", root)
+        raise ValueError(f"{setting} has no rows in {empty[0]}; set data.source.split, or val_split, to another split")
     labels, about_labels = _labels(parts, columns, label_column)
     captions, about_captions = _captions(parts, columns, caption_column)
     found = _images(root, parts, chosen, columns)

@@ -49,9 +49,13 @@ def find_masks(root: Path, names: Sequence[str]) -> tuple[set[str], list[Masks]]
     and those that can be decoded must be gray or have few colors. Masks of other names than the images beside their
     folder are doubtful.
     """
+    text = "\n".join(names).lower()  # much faster than looking at each of a million names
+    words = [word for word in MASKS if word in text]
+    if not words and not (".png" in text and ".jp" in text):
+        return set(), []
     in_folders = [kind for kind in _in_folders(names) if not _are_photos(root, kind.files)]
     masks = {name for kind in in_folders if kind.is_paired() for name in kind.files}
-    for kind in _by_name([name for name in names if name not in masks]):
+    for kind in _by_name([name for name in names if name not in masks], words):
         if kind.is_paired() and not _are_photos(root, kind.files):
             masks.update(kind.files)
     return masks, [kind for kind in in_folders if not kind.is_paired()]
@@ -122,15 +126,16 @@ def _mask_folders(folders: Iterable[str]) -> dict[str, list[str]]:
     return {folder: images for folder, images in beside.items() if images}
 
 
-def _by_name(names: Sequence[str]) -> Iterable[Masks]:
-    """Return the files whose names say mask, beside images, and PNG files that have the names of JPEG files.
+def _by_name(names: Sequence[str], words: Sequence[str]) -> Iterable[Masks]:
+    """Return the files whose names have `words` of masks, and PNG files that have the names of JPEG files.
 
     At least half of the images in their folders must have one.
     """
     named: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        if _MASK_WORD.search(file := name.rpartition("/")[2]) and (words := MASKS.intersection(words_of(file))):
-            named[" ".join(sorted(words))].append(name)
+    pattern = re.compile("|".join(words), re.IGNORECASE)
+    for name in names if words else ():
+        if pattern.search(file := name.rpartition("/")[2]) and (own := MASKS.intersection(words_of(file))):
+            named[" ".join(sorted(own))].append(name)
     masks = {name for files in named.values() for name in files}
     images = [name for name in names if name not in masks]
     jpegs = {name.rpartition(".")[0] for name in images if name.lower().endswith((".jpg", ".jpeg"))}
@@ -167,7 +172,6 @@ def _shorter(stem: str) -> str:
     return stem.rpartition("_")[0] or stem
 
 
-_MASK_WORD = re.compile("|".join(MASKS), re.IGNORECASE)
 _ROLES = MASKS | IMAGES | SPLITS.keys()
 
 
