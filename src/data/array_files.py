@@ -214,7 +214,8 @@ def orientation(affine: Any) -> Array:
     """Return the axis and the direction (3, 2) of each axis of a volume with this affine (4, 4)."""
     import nibabel
 
-    axes: Array = nibabel.orientations.io_orientation(np.asarray(affine))
+    orientations: Any = nibabel.orientations
+    axes: Array = orientations.io_orientation(np.asarray(affine))
     return axes
 
 

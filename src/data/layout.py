@@ -135,16 +135,17 @@ def _has_strays(found: FoundImages, inside: npt.NDArray[np.bool_]) -> bool:
 
 def describe_folders(found: FoundImages, classes: Sequence[str] | None, depth: Depth = 1) -> str:
     """Return the part of the summary about folders that are not classes; empty without."""
-    paths = _class_paths(found, depth, complete=True)
-    tops = {path[0] for path in paths if path}
+    paths = [tuple(path) for path in _class_paths(found, depth, complete=True)]
+    different = set(paths) - {()}
+    tops = {path[0] for path in different}
     if classes is None and len(tops) > 1:
         outside = [name for name, path in zip(found.names, paths, strict=True) if not path]
         return (
             f"; no classes, since {len(outside):,} are outside of the {len(tops)} folders ({first_names(outside, 1)})"
         )
-    nested = {tuple(path) for path in paths if len(path) > 1}
-    if depth != 1 or not nested or len(nested | {(top,) for top in tops if [top] in paths}) == len(tops):
+    if depth != 1 or len(different) == len(tops):
         return ""
+    nested = {path for path in different if len(path) > 1}
     folders = counted(len({path[0] for path in nested}), "folder")
     return (
         f"; {counted(len(nested), 'subfolder')} of {folders} without a class "
