@@ -24,6 +24,8 @@ FILLERS = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", 
 MAX_STRAYS = 0.05
 """Largest share of files outside of all class folders that does not remove the classes."""
 
+_WORD = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+"
+
 
 def words_of(name: str) -> list[str]:
     """Return the words in a name, in lower case, without numbers: [jpeg, images] of JPEGImages_2012."""
@@ -37,12 +39,9 @@ class _Folder(NamedTuple):
     rest: str
 
 
-_WORD = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+"
-
-
 @cache
 def _parse(folder: str) -> _Folder:
-    if re.fullmatch(r"[a-z]+T[rs]", folder):  # imagesTr and imagesTs of the Medical Segmentation Decathlon
+    if re.fullmatch(r"images?T[rs]", folder):  # imagesTr and imagesTs of the Medical Segmentation Decathlon
         return _Folder("train" if folder.endswith("r") else "test", "")
     splits: set[str] = set()
 
@@ -81,12 +80,12 @@ def _split_folders(names: Sequence[str]) -> tuple[int, list[str | None]] | None:
     below = [split_of(parts[1]) if len(parts) > 1 else None for parts in folders]
     tops = {parts[0] for parts in folders if parts}
     trained = {parts[0] for parts, split in zip(folders, below, strict=True) if split == "train"}
-    if trained == tops and ({*below} & {"validation", "test"} or {*below} == {"train"}) and len(tops) > 1:
+    if trained == tops and ({*below} & {"validation", "test"} or ({*below} == {"train"} and len(tops) > 1)):
         return level + 1, below
     splits = _splits_at_top(tops, all(folders))
     if splits is None:
         return None
-    loose = "train" if {*splits} == tops and "train" not in {split_of(top) for top in tops} else None
+    loose = "train" if {*splits} == tops and "train" not in {_parse(top).split for top in tops} else None
     return level, [splits.get(parts[0]) if parts else loose for parts in folders]
 
 
