@@ -173,15 +173,15 @@ def report_duplicates(data: "ImageDataModule") -> None:
     is_val[data.val_indices] = True
     copies = sum(len(group) - 1 for group in duplicates.exact)
     if not copies and not duplicates.near:
-        print(f"No duplicates among {duplicates.compared:,} {noun}s")
+        print(f"No duplicates among {counted(duplicates.compared, noun)}")
         return
     names = source.found.names if hasattr(source, "found") else [*sample_ids(source)]
     first, second, *_ = (duplicates.exact or duplicates.near)[0]
     crossing = across_split(duplicates, is_val)
     print(
         f"{counted(copies, noun)} equal to another and {counted(len(duplicates.near), 'pair')} of nearly equal ones "
-        f"among {duplicates.compared:,} {noun}s, such as {printable(names[first])} and {printable(names[second])}; "
-        f"{counted(crossing, f'validation {noun}')} equal or similar to a training {noun}"
+        f"among {counted(duplicates.compared, noun)}, such as {printable(names[first])} and "
+        f"{printable(names[second])}; {counted(crossing, f'validation {noun}')} equal or similar to a training {noun}"
     )
     if crossing:
         print(f"Remove one of each pair, or set data.val_root to other {noun}s: these lower the validation loss")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from src.config.keys import FOREIGN_VALUES
-from src.errors import UsageError, did_you_mean, first_line, first_names, literal
+from src.errors import UsageError, did_you_mean, first_line, first_names, format_override, literal
 
 RANGES = {
     # Every command.
@@ -300,7 +300,9 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
         if not isinstance(node, DictConfig) or node._get_node(key) is None:  # a key with a dot, as of a column
             continue
         if OmegaConf.is_missing(node, key):
-            raise UsageError(f"{name} has no default; add {name}=...")
+            alias = parent == "data" and "root" in node and not OmegaConf.is_interpolation(node, "root")
+            instead = f" instead of {format_override('data.root', node.root)}" if alias and key != "root" else ""
+            raise UsageError(f"{name} has no default; add {name}=...{instead}")
         try:
             if isinstance(value := node[key], ListConfig):
                 OmegaConf.to_container(value, resolve=True)

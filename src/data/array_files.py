@@ -206,6 +206,15 @@ def _read_nifti(contents: bytes) -> Sample:
     return Sample(values, {"affine": image.affine.tolist()})
 
 
+def orientation(affine: Any) -> Array:
+    """Return the axis and the direction (3, 2) of each axis of a volume with this affine (4, 4)."""
+    import nibabel
+
+    orientations: Any = nibabel.orientations
+    axes: Array = orientations.io_orientation(np.asarray(affine))
+    return axes
+
+
 def reorient(sample: Sample, affine: Any) -> Sample:
     """Return a volume (C, X, Y, Z) turned and mirrored, without resampling, to the axes of another `affine` (4, 4).
 
@@ -215,11 +224,11 @@ def reorient(sample: Sample, affine: Any) -> Sample:
 
     orientations: Any = nibabel.orientations
     own = np.asarray(sample.header["affine"])
-    have, wanted = (orientations.io_orientation(each) for each in (own, np.asarray(affine)))
+    have, wanted = orientation(own), orientation(affine)
     if sample.values.ndim != 4 or np.array_equal(have, wanted):
         return sample
     change = orientations.ornt_transform(have, wanted)
     values = np.stack([orientations.apply_orientation(channel, change) for channel in sample.values])
     turned = own @ orientations.inv_ornt_aff(change, sample.values.shape[1:])
     header = {**sample.header, "affine": turned.tolist()}
-    return Sample(values, header, [*sample.changes, "turned to the axes of the first file"])
+    return Sample(values, header, [*sample.changes, "turned to common axes"])

@@ -51,17 +51,17 @@ def one_file(root: Any, labels: str | None) -> Path | None:
     return path if path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES else None
 
 
-def find_arrays(root: Any, val_root: str | None = None, labels: str | None = None) -> FoundImages:
+def find_arrays(root: Any, val_root: str | None = None, labels: str | None = None, masks: bool = False) -> FoundImages:
     """Return the files of single samples under one or several roots; those of `val_root` are for validation only.
 
-    Files of `labels`, or files at the top whose names say that they hold labels, are not samples. Raises
-    FileNotFoundError for a missing folder, and ValueError without arrays, for roots with the same files, and if one
-    file has all samples of a split.
+    Files of `labels`, or files at the top whose names say that they hold labels, are not samples, nor are masks of
+    other files unless `masks` is true. Raises FileNotFoundError for a missing folder, and ValueError without arrays,
+    for roots with the same files, and if one file has all samples of a split.
     """
     roots = [root] if root is None or isinstance(root, str | Path) else list(root)
     check_overlap([None if each is None else str(each) for each in roots], val_root)
-    parts = [_find_in(each, "data.root", val_root) for each in roots or [None]]
-    found = join(parts, None if val_root is None else _find_in(val_root, "data.val_root"))
+    parts = [_find_in(each, "data.root", masks, val_root) for each in roots or [None]]
+    found = join(parts, None if val_root is None else _find_in(val_root, "data.val_root", masks))
     if labels is not None:
         label_files = [Path(os.path.relpath(each / labels, each)).as_posix() for each in found.roots]
         samples = [name != label_files[k] for k, name in zip(found.which, found.names, strict=True)]
@@ -73,9 +73,9 @@ def find_arrays(root: Any, val_root: str | None = None, labels: str | None = Non
     return found
 
 
-def _find_in(root: Any, name: str, val_root: str | None = None) -> FoundImages:
+def _find_in(root: Any, name: str, masks: bool, val_root: str | None = None) -> FoundImages:
     fix = f"set {name} to a .npy or .npz file, or to a folder, zip or tar file of .npy, .wav or .nii.gz files"
-    return find_in(root, name, fix, val_root, is_array, "array")
+    return find_in(root, name, fix, val_root, is_array, "array", masks)
 
 
 def _check_one_sample_per_file(found: FoundImages) -> None:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, array_suffix, read_file, reorient
+from src.data.array_files import (
+    AUDIO_SUFFIXES,
+    NIFTI_SUFFIXES,
+    Sample,
+    arrange,
+    array_suffix,
+    orientation,
+    read_file,
+    reorient,
+)
 from src.data.decode import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
@@ -23,15 +33,23 @@ log = logging.getLogger(__name__)
 
 
 def decode_all(
-    found: FoundImages, channels: int, size: tuple[int, ...], key: str | None, cache_dir: str | None
+    found: FoundImages,
+    channels: int,
+    size: tuple[int, ...],
+    key: str | None,
+    cache_dir: str | None,
+    affine: Any = None,
 ) -> Path:
     """Decode all files once into the cache and return the folder with `samples.npy` and `about.json`.
 
-    Raises ValueError if the cache cannot be written, and DataReadError if no file can be read.
+    Volumes are turned to the axes of `affine`, or of the first file if it is None. Raises ValueError if the cache
+    cannot be written, and DataReadError if no file can be read.
     """
     cache = default_cache_dir().with_name("arrays") if cache_dir is None else Path(cache_dir)
-    folder = cache / store_key(found, (channels, size, key))
-    write = partial(_decode_into, found=found, channels=channels, size=size, key=key)
+    affine = affine or _first_affine(found, key)
+    axes = () if affine is None else (orientation(affine).tolist(),)
+    folder = cache / store_key(found, (channels, size, key, *axes))
+    write = partial(_decode_into, found=found, channels=channels, size=size, key=key, affine=affine)
     try:
         return _complete(folder) or fill_cache(folder, _complete, write)
     except OSError as error:
@@ -43,7 +61,19 @@ def _complete(folder: Path) -> Path | None:
     return folder if (folder / "about.json").exists() else None
 
 
-def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[int, ...], key: str | None) -> None:
+def _first_affine(found: FoundImages, key: str | None) -> Any:
+    """Return the affine of the first file that can be read; None if it is not a NIfTI file."""
+    for k, name in enumerate(found.names):
+        if array_suffix(name) not in NIFTI_SUFFIXES:
+            break
+        with suppress(DataReadError):
+            return read_file(found, k, key).header["affine"]
+    return None
+
+
+def _decode_into(
+    folder: Path, found: FoundImages, channels: int, size: tuple[int, ...], key: str | None, affine: Any
+) -> None:
     from tqdm import tqdm
 
     errors: dict[int, str] = {}
@@ -51,7 +81,7 @@ def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[in
     low, high, header = np.inf, -np.inf, {}
     changes: Counter[str] = Counter()
     bar = tqdm(range(len(found)), "Decoding once", unit="file", disable=None if len(found) >= 512 else True)
-    for k, (sample, reason) in zip(bar, _read_all(found, channels, size, key), strict=True):
+    for k, (sample, reason) in zip(bar, _read_all(found, channels, size, key, affine), strict=True):
         if sample is not None and out is None:
             header = sample.header
             needed = len(found) * sample.values.nbytes
@@ -81,15 +111,13 @@ def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[in
 
 
 def _read_all(
-    found: FoundImages, channels: int, size: tuple[int, ...], key: str | None
+    found: FoundImages, channels: int, size: tuple[int, ...], key: str | None, affine: Any
 ) -> Iterator[tuple[Sample | None, str]]:
     """Yield each sample as (C, *size), or None and why it cannot be read or used."""
-    affine = None
     for k in range(len(found)):
         try:
             sample = read_file(found, k, key)
-            if (own := sample.header.get("affine")) is not None:
-                affine = affine or own
+            if affine is not None and "affine" in sample.header:
                 sample = reorient(sample, affine)
             mixed = mix(found.names[k], sample.values, channels)
             values = arrange(Path("it"), mixed, channels, size, batched=False)

@@ -46,6 +46,7 @@ class Arrays:
         class_pattern: a regular expression with one group, which matches the class in the path of a file.
         key: the name of the array, for .npz files with several arrays.
         length: the length of signals: longer ones are cut, shorter ones are zero-padded at the end.
+        masks: use masks beside images, see `src.data.masks`, as samples; False leaves them out.
 
     A file of one sample has the shape (C, *size) or `size`. Images and volumes of another size are resampled; signals
     are cut or zero-padded. Opening raises FileNotFoundError if there are no files, DataReadError for unreadable files,
@@ -56,6 +57,7 @@ class Arrays:
     class_pattern: str | None = None
     key: str | None = None
     length: int | None = None
+    masks: bool = False
 
     def shape(self, root: Any, channels: int | None, image_size: int | Sequence[int] | None) -> tuple[int, ...]:
         """Return the shape (C, *size) of a sample from the settings; those that are None come from the first file."""
@@ -64,7 +66,7 @@ class Arrays:
             return (channels, *size)
         if (path := one_file(root, self.labels)) is not None:
             return arrange(path, open_numpy(path, self.key), channels, size, batched=True).shape[1:]
-        found = find_arrays(root, None, self.labels)
+        found = find_arrays(root, None, self.labels, self.masks)
         first: DataReadError | None = None
         for k in range(len(found)):
             try:
@@ -89,6 +91,7 @@ class Arrays:
         skip_unreadable: bool | float = False,
         cache_dir: str | None = None,
         val_root: str | None = None,
+        affine: Any = None,
     ) -> ArraySource:
         """Return the samples below `root`, of this shape.
 
@@ -99,12 +102,13 @@ class Arrays:
             cache_dir: the folder for the decoded samples of many files; None is below the user's cache folder.
             val_root: the folder or archive of the validation samples. None uses a validation folder in the root if
                 there is one, else the fraction `data.val_fraction`.
+            affine: the affine (4, 4) to whose axes volumes are turned; None takes that of the first file.
         """
         size = self._size(image_size)
         assert size is not None
         if (path := one_file(root, self.labels)) is None:
-            found = find_arrays(root, val_root, self.labels)
-            return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir)
+            found = find_arrays(root, val_root, self.labels, self.masks)
+            return self._open_many(found, channels, size, value_range, skip_unreadable, cache_dir, affine)
         if val_root is not None:
             raise ValueError(
                 f"{format_override('data.val_root', val_root)} is for one file per sample, and {path} has all samples; "
@@ -147,6 +151,7 @@ class Arrays:
         value_range: Sequence[float] | None,
         skip_unreadable: bool | float,
         cache_dir: str | None,
+        affine: Any,
     ) -> ArraySource:
         classes: Sequence[str] | None = None
         if self.labels is not None:
@@ -155,7 +160,7 @@ class Arrays:
             classes = class_by_pattern(found, self.class_pattern)
         else:
             found, classes = class_folders(found)
-        folder = decode_all(found, channels, size, self.key, cache_dir)
+        folder = decode_all(found, channels, size, self.key, cache_dir, affine)
         about = json.loads((folder / "about.json").read_text())
         errors = {int(k): str(reason) for k, reason in about["errors"].items()}
         check_readable(found, errors, skip_unreadable, "files")
@@ -232,6 +237,7 @@ class ArrayDataModule(ImageDataModule):
     ) -> None:
         channels, *size = source.shape(root, channels, image_size)
         settings: dict[str, Any] = {"skip_unreadable": skip_unreadable, "cache_dir": cache_dir, "val_root": val_root}
+        settings["affine"] = (header or {}).get("affine")
         super().__init__(
             partial(source, value_range=value_range, **settings), root, channels, size, value_range=value_range,
             dtype=dtype, file_type=file_type, flip=flip, batch_size=batch_size, val_fraction=val_fraction,

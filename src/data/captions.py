@@ -31,6 +31,7 @@ def captioned(
     captions: str | None = None,
     file_column: str | None = None,
     caption_column: str | None = None,
+    masks: bool = False,
     fit: Fit = "crop",
     background: str = "white",
     pages: Pages = "first",
@@ -53,7 +54,7 @@ def captioned(
     The other arguments are those of `src.data.folder.folder`. Raises FileNotFoundError if the folder does not exist,
     and ValueError for images without a caption, empty captions and captions without an image, and as `folder` does.
     """
-    found, classes = class_folders(find(root, val_root, pages))
+    found, classes = class_folders(find(root, val_root, pages, masks=masks))
     path = found.root
     tables = [path / name for name in TABLES if (path / name).is_file()] if captions is None else [path / captions]
     if len(tables) > 1:

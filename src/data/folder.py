@@ -14,7 +14,7 @@ from src.data.frames import describe_frames, split_frames
 from src.data.image_source import ImageSource, open_images
 from src.data.images import ImageDataModule
 from src.data.label_table import find_tables, read_label_table
-from src.data.layout import Depth, class_by_pattern, class_folders, describe_depth
+from src.data.layout import Depth, class_by_pattern, class_folders, describe_folders
 from src.data.module import Coupling
 from src.data.multi_file import combine, describe_channels
 from src.data.overlap import check_overlap
@@ -141,6 +141,7 @@ def folder(
     condition_columns: Sequence[str] = (),
     channel_pattern: str | None = None,
     channel_names: Sequence[str] | None = None,
+    masks: bool = False,
     fit: Fit = "crop",
     background: str = "white",
     pages: Pages = "first",
@@ -164,6 +165,7 @@ def folder(
         class_depth: the number of folders, from the top, whose names are the class of an image; `all` takes the path.
         condition_columns: columns of numbers in `labels`, for conditioning=continuous.
         channel_pattern, channel_names: the files that are the channels of one image, see `src.data.multi_file.combine`.
+        masks: use masks, labels and depth maps beside images, see `src.data.masks`, as images; False leaves them out.
         fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
         value_range: the values that become -1 and 1; None finds them.
         skip_unreadable: leave out images that cannot be read, up to a tenth of all, or up to this share.
@@ -180,7 +182,7 @@ def folder(
     if labels is None:
         columns = {"file_column": file_column, "label_column": label_column, "condition_columns": condition_columns}
         refuse_columns(columns, "data.source.labels")
-    found = find(root, val_root, pages, channel_pattern, channel_names)
+    found = find(root, val_root, pages, channel_pattern, channel_names, masks)
     classes: Sequence[str] | None
     covariates: Covariates | None = None
     about = ""
@@ -195,7 +197,7 @@ def folder(
         classes = class_by_pattern(found, class_pattern)
     else:
         found, classes = class_folders(found, class_depth)
-        about = describe_depth(found, class_depth)
+        about = describe_folders(found, classes, class_depth)
     spec = ImageSpec(height_and_width(image_size), channels, fit, background, pages)
     about += describe_channels(found) + describe_frames(found)
     source = open_images(found, spec, classes, None, value_range, skip_unreadable, cache, cache_dir, about)
@@ -218,10 +220,12 @@ def find(
     pages: Pages = "first",
     channel_pattern: str | None = None,
     channel_names: Sequence[str] | None = None,
+    masks: bool = False,
 ) -> FoundImages:
     """Return the images under `root` and `val_root`, each of one file, of several, or a frame of one.
 
-    Images of `val_root` below `root` are for validation only. Raises FileNotFoundError if one is neither a folder nor
+    Images of `val_root` below `root` are for validation only. Masks are left out unless `masks` is true, or the pattern
+    may join them to images. Raises FileNotFoundError if one is neither a folder nor
     an archive, and ValueError if one has no images, or if they have the same files.
     """
     roots = [root] if root is None or isinstance(root, str) else list(root)
@@ -229,8 +233,9 @@ def find(
     if channel_names is not None and channel_pattern is None:
         setting = format_override("data.source.channel_names", channel_names)
         raise ValueError(f"{setting} needs data.source.channel_pattern, such as '_(B[0-9]+)'; set it")
-    parts = [_find_one(each, "data.root", val_root) for each in roots or [None]]
-    found = without_linked(join(parts, None if val_root is None else _find_one(val_root, "data.val_root")))
+    masks = masks or channel_pattern is not None
+    parts = [_find_one(each, "data.root", masks, val_root) for each in roots or [None]]
+    found = without_linked(join(parts, None if val_root is None else _find_one(val_root, "data.val_root", masks)))
     if channel_pattern is None:
         return split_frames(found) if pages == "samples" else found
     if pages == "samples":
@@ -238,10 +243,11 @@ def find(
     return combine(found, channel_pattern, channel_names)
 
 
-def _find_one(root: str | None, name: str, val_root: str | None = None) -> FoundImages:
+def _find_one(root: str | None, name: str, masks: bool, val_root: str | None = None) -> FoundImages:
     path = Path(root or "")
     suffix = path.suffix.lower()
     if path.is_file() and (suffix in image_suffixes() - ARRAY_SUFFIXES or looks_like_image(path)):
         setting, parent = (format_override(name, each) for each in (path.absolute(), path.absolute().parent))
         raise FileNotFoundError(f"{setting} is one image; set {parent}, the folder with it")
-    return find_in(root, name, f"set {name} to the folder, zip or tar file with your images", val_root)
+    fix = f"set {name} to the folder, zip or tar file with your images"
+    return find_in(root, name, fix, val_root, masks=masks)

@@ -131,7 +131,7 @@ def read_label_table(
         return read_classes(tables, found, file_columns, (label_column or "label",)), None
     numbers = read_numbers(tables, found, file_columns, condition_columns)
     with_classes = label_column is not None or all(
-        "label" in read_table(source, "data.source.labels").names for source in tables
+        read_table(source, "data.source.labels").named(["label"]) for source in tables
     )
     if not with_classes or ("label" in condition_columns and label_column is None):
         return None, numbers
@@ -148,7 +148,7 @@ def _rows_of_numbers(
 ) -> Iterator[tuple[str, tuple[float | None, ...]]]:
     """Yield the file and the numbers of each row of a table."""
     table = read_table(source, "data.source.labels")
-    first = [name for name in file_columns if name in table.names][:1]
+    first = table.named(file_columns)[:1]
     files = table.column(table.one_of(first or file_columns, "data.source.file_column"))
     values = []
     for name in columns:

@@ -2,19 +2,21 @@
 
 import os
 import stat
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from src.data.archives import is_archive, member_sizes
+from src.data.archives import is_archive, member_sizes, replaced_members
 from src.data.decode import image_suffixes, looks_like_image
 from src.data.encoded import Names
 from src.data.found_images import FoundImages, suffix_of
-from src.data.layout import splits_of
+from src.data.layout import split_of, splits_of
+from src.data.masks import find_masks, warn_of_masks
 from src.data.overlap import lies_in
-from src.errors import absence, format_override
+from src.errors import absence, first_names, format_override
 
 SIDECARS = {
     *(".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".parquet", ".pdf", ".py", ".rst"),
@@ -33,11 +35,16 @@ class _File(NamedTuple):
 
 
 def find_images(
-    root: Path, accepts: Callable[[str], bool] | None = None, noun: str = "image", val_root: Path | None = None
+    root: Path,
+    accepts: Callable[[str], bool] | None = None,
+    noun: str = "image",
+    val_root: Path | None = None,
+    masks: bool = False,
 ) -> FoundImages:
     """Return every image under a folder, or in a zip or tar file, except hidden files and files in `val_root`.
 
-    `accepts` chooses other files than images by their names; messages call them `noun`.
+    `accepts` chooses other files than images by their names; messages call them `noun`. Masks of images are left out
+    unless `masks` is true.
 
     Links to folders are followed. If the top, or the only folder there, has a folder for training (`SPLITS`), alone or
     beside one of another split, only it and the one for validation are used. Raises FileNotFoundError without the
@@ -49,6 +56,8 @@ def find_images(
     elif is_archive(root):
         time = root.stat().st_mtime_ns
         files = [_File(name, size, time) for name, size in member_sizes(root).items()]
+        if replaced := replaced_members(root):
+            left_out["replaced by later files of the same names in the archive"] = list(replaced)
     elif root.suffix.lower() in (".zip", ".tar", ".tgz", ".gz"):
         raise ValueError(f"{root} is damaged or incomplete: it cannot be read as an archive")
     else:
@@ -62,12 +71,20 @@ def find_images(
             left_out.setdefault(reason, []).append(file.name)
         elif reason is None:
             used.append(file)
+    of_images, doubtful = (set(), []) if masks else find_masks(root, [file.name for file in used])
+    if of_images:
+        left_out["masks beside images, for data.source.masks=true"] = sorted(of_images)
+        used = [file for file in used if file.name not in of_images]
     used, splits = _without_test_images(used, left_out)
+    warn_of_masks(root, doubtful, {file.name for file in used} if doubtful else ())
+    _warn_of_held_out(root, [file.name for file, split in zip(used, splits, strict=True) if split != "validation"])
     if not used:
         others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
         examples = ".png, .jpg or .npy" if noun == "image" else ".npy, .wav or .nii.gz"
         kept = {suffix_of(name) for names in left_out.values() for name in names} | {suffix_of(root.name)}
         fix = "; save the arrays in it by numpy.save" if kept & CONTAINERS else ""
+        if noun == "image" and ".tar" in kept and root.is_dir():
+            fix = f"; for shards type data=webdataset {format_override('data.urls', str(root / '*.tar'))}"
         raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else "") + fix)
     sizes, times = (np.array([file[k] for file in used], np.int64) for k in (1, 2))
     return FoundImages(
@@ -88,6 +105,7 @@ def find_in(
     val_root: str | None = None,
     accepts: Callable[[str], bool] | None = None,
     noun: str = "image",
+    masks: bool = False,
 ) -> FoundImages:
     """Return the files that `find_images` finds under the root in the setting `name`; errors name it and the fix."""
     path = Path(root or "")
@@ -95,7 +113,7 @@ def find_in(
     if not root or not (path.is_file() or path.is_dir()):
         raise FileNotFoundError(f"{setting} {absence(path) if root else 'names no folder'}; {fix}")
     try:
-        return find_images(path, accepts, noun, None if val_root is None else Path(val_root))
+        return find_images(path, accepts, noun, None if val_root is None else Path(val_root), masks)
     except PermissionError as error:
         raise ValueError(f"{setting}: {error.filename} may not be read; change its permissions, or {fix}") from error
     except (FileNotFoundError, ValueError) as error:
@@ -141,6 +159,18 @@ def _without_test_images(
             reason = "for testing" if split == "test" else "outside of the splits"
             left_out.setdefault(reason, []).append(file.name)
     return [file for file, _ in used], [split for _, split in used]
+
+
+def _warn_of_held_out(root: Path, names: Sequence[str]) -> None:
+    """Warn if images for training are in folders whose names say validation or test."""
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in names)
+    held_out = [each for each in folders if any(split_of(part) in ("validation", "test") for part in each.split("/"))]
+    if held_out:
+        warnings.warn(
+            f"{root}: the images in {first_names(held_out, 3)} are used for training, since other folders have no such "
+            "splits; set data.root to the folder with those of training, and data.val_root to that of validation",
+            stacklevel=2,
+        )
 
 
 def _walk(root: Path, left_out: dict[str, list[str]]) -> Iterator[_File]:

@@ -115,15 +115,22 @@ def _samples_of(
     file: BinaryIO,
     path: Path,
     number: int,
-    places: dict[str, tuple[int, int]],
+    stored: Sequence[tuple[str, tuple[int, int]]],
     keys: Keys,
     left_out: dict[str, list[str]],
 ) -> Iterator[_Sample]:
     """Yield the samples of a shard in the order of their first files, and add unused files to `left_out`."""
     files: dict[str, dict[str, str]] = {}
-    for name in places:
+    places = dict(stored)
+    for name, _ in stored:
         if match := re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", name):
-            files.setdefault(match[1], {})[match[2].lower()] = name
+            endings = files.setdefault(match[1], {})
+            if (ending := match[2].lower()) in endings:
+                raise ValueError(
+                    f"{path}: {match[1]} has several files .{ending}, and a sample has one of each ending; write the "
+                    "shard again with one key per sample"
+                )
+            endings[ending] = name
         else:
             left_out.setdefault("without a name like key.ending", []).append(f"{path.name}/{name}")
 
@@ -143,6 +150,8 @@ def _samples_of(
         fields = _Fields(path, endings, text)
         captions = fields.first((keys.caption,) if keys.caption else CAPTION_KEYS)
         label = fields.first((keys.label,) if keys.label else LABEL_KEYS)
+        if fields.unread:
+            left_out.setdefault("of JSON without keys", []).append(f"{path.name}/{endings['json']}")
         texts = [each.strip() for each in (captions if isinstance(captions, list) else [captions]) if each is not None]
         name = endings[image]
         if isinstance(label, list):
@@ -172,6 +181,8 @@ class _Fields:
     path: Path
     endings: dict[str, str]
     text: Callable[[str], str]
+    unread: bool = False
+    """Whether the .json file is neither an object nor a list of captions."""
 
     def first(self, keys: Sequence[str]) -> str | list[str] | None:
         """Return the first text that exists under `keys`; integers become text. Raises ValueError for other values."""
@@ -180,7 +191,9 @@ class _Fields:
                 return self.text(self.endings[key.lower()])
         for key in keys:
             value = self.json.get(key)
-            if isinstance(value, bool | float | dict):
+            if any(
+                isinstance(each, bool | float | dict | list) for each in (value if type(value) is list else [value])
+            ):
                 raise ValueError(
                     f"{self.path}: {self.endings['json']} has {key}={value!r:.60}; it must be a text or a whole number"
                 )
@@ -196,7 +209,12 @@ class _Fields:
             loaded = json.loads(self.text(name))
         except json.JSONDecodeError as error:
             raise ValueError(f"{self.path}: {name} is not JSON ({error}); write the shard again") from error
-        return loaded if isinstance(loaded, dict) else {}
+        if isinstance(loaded, dict):
+            return loaded
+        if isinstance(loaded, list) and loaded and all(isinstance(each, str) for each in loaded):
+            return {"caption": loaded}
+        self.unread = True
+        return {}
 
 
 def write_index(path: Path, index: ShardIndex) -> None:

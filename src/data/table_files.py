@@ -71,9 +71,14 @@ class Table:
         """Return the cells of a column as text; missing cells are empty."""
         return [cell_text(cell) for cell in self.frame[name].tolist()]
 
+    def named(self, names: Sequence[str]) -> list[str]:
+        """Return the columns with these names, in the order of `names`; without any, those in capitals, too."""
+        exact = [name for name in names if name in self.names]
+        return exact or [column for name in names for column in self.names if column.lower() == name.lower()]
+
     def one_of(self, names: Sequence[str], setting: str) -> str:
         """Return the only column with one of these names. Raises ValueError unless there is exactly one."""
-        found = [name for name in self.names if name in names]
+        found = self.named(names)
         if len(found) != 1:
             raise ValueError(
                 f"{self.path} needs exactly one column named {' or '.join(names)}, found {', '.join(self.names)}; "
@@ -146,9 +151,9 @@ def read_pairs(
     or file name.
     """
     table = read_table(path, setting)
-    found = [name for name in file_columns if name in table.names][:1]
+    found = table.named(file_columns)[:1]
     files = table.column(table.one_of(found or file_columns, f"data.source.file_column or {setting}"))
-    several_names = [name for name in table.names if name in columns]
+    several_names = sorted(table.named(columns), key=table.names.index)
     if table.kind not in ("json", "jsonl") or not several_names:
         several_names = [table.one_of(columns, f"data.source.{what}_column or {setting}")]
     rows: list[list[Any]] = table.frame[several_names].values.tolist()
@@ -198,6 +203,8 @@ def _read_text(
     encoding: str | None,
 ) -> Table:
     text, encoding_used = decode_text(data, encoding, path)
+    if re.search(r"^@relation\b", text[:10_000], re.IGNORECASE | re.MULTILINE):
+        raise ValueError(f"{format_override(setting, str(path))} is an ARFF file; save the table as CSV")
     declared = re.match(r"sep=(.)\r?\n", text)  # a line that Excel writes
     found = separator or (declared[1] if declared else find_separator(text))
     lines = io.StringIO(text, newline="")

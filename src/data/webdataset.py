@@ -27,7 +27,7 @@ from src.data.shard_files import cached_shard
 from src.data.shard_index import Keys, ShardIndex, build_index, read_index, write_index
 from src.errors import absence, counted, format_override, optional_package
 
-VERSION = 2
+VERSION = 3
 """Version of the index; increase it when the same shards would produce another index."""
 
 

@@ -58,7 +58,9 @@ def probe(data: DictConfig, on_gpu: bool) -> dict[str, int]:
 
     root = data.root if isinstance(data.root, str) else list(data.root)
     source = data.source
-    settings = {name: source.get(name) for name in ("pages", "channel_pattern", "channel_names") if name in source}
+    settings = {
+        name: source.get(name) for name in ("pages", "channel_pattern", "channel_names", "masks") if name in source
+    }
     files = find(root, data.get("val_root"), **settings)
     decode_image = getattr(files, "decode", None)  # of files with other than one image each
     decoded: list[Any] = []

@@ -332,6 +332,17 @@ def test_volumes_are_turned_to_one_orientation(tmp_path):
     assert data.shape == (1, 3, 4, 5) and "2 turned" in data.source.summary
     for k in range(3):
         assert np.array_equal(data.source.fetch([k])[0, 0].numpy(), stored)
+    for name, k in (("train", 0), ("val", 1), ("more", 2)):
+        (tmp_path / name).mkdir()
+        for j in range(2):
+            volume = nibabel.Nifti1Image(files[k][0] + np.float32(j), files[k][1])
+            volume.to_filename(tmp_path / name / f"{j}.nii")
+    with_val = opened(tmp_path / "train", val_root=str(tmp_path / "val"))
+    others = opened(tmp_path / "more", header=with_val.header)  # as in a run on other files than those it started with
+    for source, count in ((with_val.source, 4), (others.source, 2)):
+        assert "2 turned" in source.summary
+        for k in range(count):
+            assert np.array_equal(source.fetch([k])[0, 0].numpy(), stored + k % 2)
     turned = reorient(Sample(stored[::-1][None], {"affine": mirrored.tolist()}), files[0][1])
     assert np.array_equal(turned.header["affine"], files[0][1])
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -174,9 +175,65 @@ def test_splits_have_a_word_in_their_names(tmp_path, train, val, test):
     assert (source.labels and source.labels.classes) == (["a", "b"] if others else None)
 
 
+@pytest.mark.parametrize(
+    ("train", "val", "test", "classes"),
+    [
+        (["trainA", "trainB"], [], ["testA", "testB"], ["A", "B"]),
+        (["train_A", "train_B"], ["val_A", "val_B"], ["test_A"], ["A", "B"]),
+        (["A/train", "B/train"], [], ["A/test", "B/test"], ["A", "B"]),
+        (["train/A", "train/B"], [], ["test/A", "test/B"], ["A", "B"]),
+        (["bedroom_train", "tower_train"], ["bedroom_val", "tower_val"], [], ["bedroom", "tower"]),
+        (["cars_train"], [], ["cars_test"], None),
+        (["X2K_train_HR"], ["X2K_valid_HR"], [], None),
+        (["seg_train/seg_train/a", "seg_train/seg_train/b"], [], ["seg_test/seg_test/a"], ["a", "b"]),
+        (["train/images/a", "train/images/b"], ["val/images/a"], ["test/images"], ["a", "b"]),
+        (["imagesTr"], [], ["imagesTs"], None),
+        (["a", "b"], [], ["test"], ["a", "b"]),
+        (["photos"], ["val"], ["test"], None),
+    ],
+)
+def test_words_beside_that_of_the_split_are_classes(tmp_path, train, val, test, classes):
+    save(tmp_path, *(f"{folder}/{k}.png" for folder in [*train, *val, *test] for k in range(3)))
+    source = open_folder(str(tmp_path))
+    assert {str(Path(name).parent) for name in source.found.names} == {*train, *val}
+    held_out = [False] * len(source) if source.val_mask is None else source.val_mask
+    assert {str(Path(n).parent) for n, held in zip(source.found.names, held_out, strict=True) if held} == {*val}
+    assert len(source.found.left_out.get("for testing", [])) == 3 * len(test)
+    assert (source.labels and source.labels.classes) == classes
+
+
+def test_folders_named_test_below_others_are_reported(tmp_path):
+    save(tmp_path, "a/train/1.png", "a/test/2.png", "b/3.png")
+    with pytest.warns(UserWarning, match=r"a/test are used for training.*data\.root"):
+        assert len(open_folder(str(tmp_path))) == 3
+
+
+def test_validation_images_outside_of_classes_are_kept(tmp_path):
+    """Although few of all images, as in ImageNet, whose classes of the validation images are in a table."""
+    save(tmp_path, *(f"train/{name}/{k}.png" for name in "ab" for k in range(30)), "val/1.png")
+    source = open_folder(str(tmp_path))
+    assert source.labels is None and source.val_mask.sum() == 1
+    assert "no classes, since 1 are outside of the 2 folders (val/1.png)" in source.summary
+
+
+def test_folders_of_splits_are_no_level_of_classes(tmp_path):
+    save(tmp_path, *(f"{name}/{split}/{k}.png" for name in "ab" for split in ("train", "val") for k in range(2)))
+    source = open_folder(str(tmp_path))
+    assert source.labels.classes == ["a", "b"] and "class_depth" not in source.summary
+    assert open_folder(str(tmp_path), class_depth=2).labels.classes == ["a", "b"]
+
+
+def test_shards_are_for_other_data(tmp_path):
+    for k in range(2):
+        with tarfile.open(tmp_path / f"{k}.tar", "w"):
+            pass
+    with pytest.raises(ValueError, match=r"data=webdataset data\.urls=\S*\*\.tar"):
+        find(str(tmp_path))
+
+
 def test_other_names_with_train_are_classes(tmp_path):
-    save(tmp_path, "train/1.png", "train_masks/1.png", "testbed/1.png", "test_日本/1.png")
-    assert open_folder(str(tmp_path)).labels.classes == ["test_日本", "testbed", "train", "train_masks"]
+    save(tmp_path, "train/1.png", "train_noise/1.png", "testbed/1.png", "test_日本/1.png")
+    assert open_folder(str(tmp_path)).labels.classes == ["test_日本", "testbed", "train", "train_noise"]
 
 
 def test_roots_of_one_class_each_keep_it(tmp_path):
@@ -227,6 +284,28 @@ def test_backslashes_in_archives_separate_folders(tmp_path):
     archive.write_bytes(archive.read_bytes().replace(b"a/1.png", rb"a\1.png").replace(b"b/2.png", rb"b\2.png"))
     found = open_folder(str(archive)).found
     assert list(found.names) == [*files] and [found.open(k).read() for k in range(2)] == [*files.values()]
+
+
+@pytest.mark.parametrize("packed", ["zip", "tar", "gztar"])
+def test_replaced_files_of_archives_are_reported(tmp_path, packed):
+    """The last of several files with one name is the current one, as after an update of the archive."""
+    save(tmp_path, "0.png", "1.png", "2.png")
+    contents = [(tmp_path / f"{k}.png").read_bytes() for k in range(3)]
+    names = ["a.png", "b.png", "./a.png" if "tar" in packed else "a.png"]
+    archive = tmp_path / "x"
+    if packed == "zip":
+        with zipfile.ZipFile(archive, "w") as out:
+            out.writestr(names[0], contents[0])
+            out.writestr(names[1], contents[1])
+            with pytest.warns(UserWarning, match="Duplicate name"):
+                out.writestr(names[2], contents[2])
+    else:
+        with tarfile.open(archive, "w:gz" if packed == "gztar" else "w") as out:
+            for k, name in enumerate(names):
+                out.add(tmp_path / f"{k}.png", name)
+    source = open_folder(str(archive))
+    assert [source.found.open(k).read() for k in range(2)] == [contents[2], contents[1]]
+    assert "left out: 1 replaced" in source.summary and "(a.png)" in source.summary
 
 
 def test_names_that_cannot_be_printed_are_escaped(tmp_path):
@@ -331,6 +410,15 @@ def test_tables_may_have_backslashes(tmp_path):
     assert [source.labels.classes[k] for k in source.labels.targets] == ["y", "x"]
     assert list(source.ids) == ["pets/1.png", "pets/cat/0.png"] and source.covariates.values.tolist() == [[2], [1]]
     assert "conditions: 1 number (age) from a.csv" in source.summary
+
+
+def test_columns_may_be_in_capitals(tmp_path):
+    save(tmp_path, "0.png", "1.png")
+    (tmp_path / "a.csv").write_text("File,Label,age\n0.png,x,1\n1.png,y,2\n")
+    for columns in ([], ["age"]):
+        assert open_folder(str(tmp_path), labels="a.csv", condition_columns=columns).labels.classes == ["x", "y"]
+    (tmp_path / "a.csv").write_text("File,Label,label\n0.png,x,1\n1.png,y,2\n")
+    assert open_folder(str(tmp_path), labels="a.csv").labels.classes == ["1", "2"]
 
 
 def test_names_without_ending_are_explained(tmp_path):

@@ -339,3 +339,89 @@ def test_roots_are_repeated_in_training(tmp_path):
     for wrong in ([1], [1, 0], [1, 2, 3], [1, 1.5], 2):
         with pytest.raises(Exception, match=r"data\.repeats"):
             opened(wrong)
+
+
+# Masks beside images
+
+
+def save_photo(path: Path, seed: int) -> None:
+    save(path, pixels(seed, *SHAPE, 3))
+
+
+def save_mask(path: Path, seed: int) -> None:
+    """Gray, or in a few colors."""
+    mask = pixels(seed, high=1)
+    save(path, mask * 255 if seed % 2 else np.stack([mask * 200, mask, mask], -1))
+
+
+LAYOUTS_WITH_MASKS = {
+    "folders": (["images/{k}.png"], ["masks/{k}.png"]),
+    "of_other_formats": (["a/img/{k}.jpg"], ["a/labels/{k}.png", "a/depth/{k}.tif"]),
+    "with_splits": (["images/train/{k}.jpg", "images/val/1{k}.jpg"], ["masks/train/{k}.png", "masks/val/1{k}.png"]),
+    "in_splits": (["train/images/{k}.jpg", "val/images/1{k}.jpg"], ["train/labels/{k}.png", "val/labels/1{k}.png"]),
+    "in_classes": (["cat/images/{k}.png", "dog/images/{k}.png"], ["cat/masks/{k}.png", "dog/masks/{k}.png"]),
+    "per_scene": (["1/rgb.png", "2/rgb.png"], ["1/depth.png", "2/depth.png"]),
+    "stems": (["cat{k}.jpg"], ["cat{k}_mask.png"]),
+    "stems_and_numbers": (["img_{k}.jpg"], ["img_{k}_seg.png", "img_{k}_gt.png"]),
+    "prefixes": (["image_{k}.png"], ["mask_{k}.png"]),
+    "endings": (["base/{k}.jpg"], ["base/{k}.png"]),
+    "voc": (["V/JPEGImages/{k}.jpg", "V/JPEGImages/2{k}.jpg"], ["V/SegmentationClass/{k}.png"]),
+    "pets": (["images/a_{k}.jpg"], ["annotations/trimaps/a_{k}.png"]),
+    "cityscapes": (["leftImg8bit/train/x/x_{k}_leftImg8bit.png"], ["gtFine/train/x/x_{k}_gtFine_labelIds.png"]),
+    "ade20k": (["images/training/{k}.jpg", "images/validation/1{k}.jpg"], ["annotations/training/{k}.png"]),
+    "birds": (["CUB/images/a/{k}.jpg", "CUB/images/b/{k}.jpg"], ["segmentations/a/{k}.png", "segmentations/b/{k}.png"]),
+    "carvana": (["train/{k}.jpg"], ["train_masks/{k}_mask.png"]),
+    "isic": (["Training_Input/{k}.jpg"], ["Training_GroundTruth/{k}_segmentation.png"]),
+    "nuclei": (["train/{k}/images/{k}.png"], ["train/{k}/masks/x{k}.png", "train/{k}/masks/y{k}.png"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_WITH_MASKS)
+def test_masks_beside_images_are_left_out(tmp_path, layout):
+    images, masks = ({name.format(k=k) for name in names for k in range(3)} for names in LAYOUTS_WITH_MASKS[layout])
+    for k, name in enumerate(sorted(images)):
+        save_photo(tmp_path / name, k)
+    for k, name in enumerate(sorted(masks)):
+        save_mask(tmp_path / name, k)
+    source = folder(str(tmp_path), SHAPE, 3, cache=False)
+    assert {*source.found.names} == images
+    assert {name for names in source.found.left_out.values() for name in names} == masks
+    assert "data.source.masks=true" in source.summary
+    assert {*folder(str(tmp_path), SHAPE, 3, cache=False, masks=True).found.names} >= images | masks
+
+
+@pytest.mark.parametrize(
+    ("names", "photos"),
+    [
+        (["images/{k}.png", "masks/{k}.png"], True),
+        (["with_mask/{k}.png", "without_mask/{k}.png"], False),
+        (["input/{k}.png", "gt/{k}.png"], True),
+        (["{k}.jpg", "{k}.png"], True),
+        (["{k}.png", "gas_mask_{k}.png"], False),
+        (["breadth/{k}.png", "depth/{k}.png"], False),
+    ],
+)
+def test_photos_and_other_names_are_not_masks(tmp_path, names, photos):
+    """Many colors, no image of the same name, or no folder of images."""
+    for k in range(3):
+        for j, name in enumerate(names):
+            (save_photo if photos else save_mask)(tmp_path / name.format(k=k), 10 * j + k)
+    assert len(folder(str(tmp_path), SHAPE, 3, cache=False)) == 6
+
+
+def test_folders_of_masks_with_other_names_are_reported(tmp_path):
+    for k in range(3):
+        save_photo(tmp_path / "faces-img" / f"{k}.jpg", k)
+        save_mask(tmp_path / "faces-mask" / f"{k}{k}.png", k)
+    with pytest.warns(UserWarning, match=r"faces-mask/.*data\.root=\S*faces-img "):
+        assert len(folder(str(tmp_path), SHAPE, 3, cache=False)) == 6
+
+
+def test_masks_may_be_channels(tmp_path):
+    for k in range(3):
+        save_photo(tmp_path / "images" / f"{k}.png", k)
+        save(tmp_path / "masks" / f"{k}.png", pixels(k, high=1))
+    source = folder(str(tmp_path), SHAPE, 4, channel_pattern="(images|masks)/", cache=False)
+    assert len(source) == 3 and source.fetch([1])[0, 3].equal(
+        folder(str(tmp_path / "masks"), SHAPE, 1).fetch([1])[0, 0]
+    )

@@ -152,6 +152,7 @@ def test_names_of_years_and_of_categories_are_a_header(tmp_path):
         ('a,b\n1,"x \\"y\\""\n', "line 2"),
         ("# by x\na,b\n1,2\n", "remove the lines above the header"),
         (b"\x89PNG\x00\x00\x01", "null bytes"),
+        ("% iris\n@RELATION iris\n@ATTRIBUTE a NUMERIC\n@DATA\n1\n", "ARFF"),
     ],
 )
 def test_damaged_text_files_raise(tmp_path, contents, message):

@@ -120,6 +120,37 @@ def test_captions_and_classes_from_json(tmp_path):
     assert named(source) == ["3", "20"] and source.labels.classes == ["3", "20"]
 
 
+@pytest.mark.parametrize(
+    ("about", "captions"),
+    [(["one", "two"], [["one", "two"]]), ([{"box": [1, 2]}], None), ("text", None), (3, None), ([], None)],
+)
+def test_json_without_keys_is_read_or_reported(tmp_path, about, captions):
+    source = opened(tmp_path, write(tmp_path / "in", [{"png": png(pictures(1)[0]), "json": json.dumps(about)}]))
+    assert source.captions == captions and source.labels is None
+    assert [name for names in source.found.left_out.values() for name in names] == (
+        [] if captions else ["0000.tar/sample000.json"]
+    )
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [{"text": "one"}], [["one"]], 1.5, True])
+def test_captions_of_other_types_are_refused(tmp_path, value):
+    pattern = write(tmp_path / "in", [{"png": png(pictures(1)[0]), "json": {"caption": value}}])
+    with pytest.raises(ValueError, match=r"sample000\.json has caption="):
+        opened(tmp_path, pattern)
+
+
+@pytest.mark.parametrize("names", [["a.png", "b.png", "a.png"], ["a.png", "a.PNG"]])
+def test_samples_with_one_key_are_refused(tmp_path, names):
+    """The last would replace the others."""
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, image in zip(names, pictures(3), strict=False):
+            info = tarfile.TarInfo(name)
+            info.size = len(png(image))
+            archive.addfile(info, io.BytesIO(png(image)))
+    with pytest.raises(ValueError, match=r"x\.tar: a has several files \.png"):
+        opened(tmp_path, f"{tmp_path}/x.tar")
+
+
 def test_the_ending_of_the_images_is_chosen(tmp_path):
     """Arrays beside an image are not images, and samples without one are reported."""
     images, masks = pictures(3), pictures(4)
