@@ -204,7 +204,7 @@ def write_pictures(data: "ImageDataModule", folder: Path, print_channels: bool) 
     if print_channels:
         text, names = summarize_columns([Column(f"channel {k + 1}") for k in range(len(values))], values.T, values.T)
         low, high = np.quantile(values, [0.001, 0.999])
-        fix = f"\nCorrect those that are errors; data.value_range=[{low:.3g},{high:.3g}] scales by the other values"
+        fix = f"\nCorrect those that are errors; 'data.value_range=[{low:.3g},{high:.3g}]' scales by the other values"
         print(text + (fix if names else ""))
 
 

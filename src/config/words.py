@@ -42,7 +42,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         value = value or next((word for word in following if not re.search(r"^-|=", word)), "VALUE")
         setting = OTHER_KEYS.get(name, "")
         name = setting if "." in setting and " " not in setting else name  # others depend on the command
-        raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
+        raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {shell_word(f'{name}={value}')}")
     overrides, flags, rest = list(known.overrides), [], list(known.overrides)
     for word in arguments:
         if rest and word == rest[0]:
