@@ -213,6 +213,12 @@ def test_none_means_no_autoencoder_and_no_initial_weights():
             for value in ("none", "null")
         )
         assert none == null
+    assert expand_init_from(["autoencoder=none,a,false"], "sample") == ["autoencoder=null,a,null"]
+    assert expand_init_from(["autoencoder=none,a"]) == ["autoencoder.path=null,a"]
+    check_overrides("export", ["format=safetensors,diffusers", "sampler=ddim"], multirun=True)
+    for command, word in (("ema", "length=true"), ("train", "data.image_size=true")):
+        with pytest.raises(UsageError, match=rf"{word} must be a"):
+            check_overrides(command, [word])
     with pytest.raises(UsageError, match="autoencoder=true"):
         check_overrides("train", expand_init_from(["autoencoder=true"]))
 
