@@ -15,6 +15,7 @@ from src.config.overrides import check_overrides
 from src.config.rules import check_values
 from src.config.search_path import search_path_overrides, user_folders
 from src.config.words import key_of
+from src.data.array_files import KINDS
 from src.errors import UsageError, command, counted, format_override, printable, shell_word, usage_errors
 from src.viz.tables import format_duration
 
@@ -26,7 +27,6 @@ FOLDERS = ("src.data.folder.folder", "src.data.captions.captioned")
 """Sources whose files suggest a number of channels and a size."""
 MAX_VALUES = 20_000_000
 """Largest number of values in the statistics and the histogram of arrays and images."""
-KINDS = {2: "signal", 3: "image", 4: "volume"}
 PICTURES = ("images.png", "values.png", "columns.png")
 
 
@@ -72,9 +72,9 @@ def examine(cfg: DictConfig) -> Path:
     words += accepted([each for each in suggestions if key_of(each) not in typed], words)
     usual = cfg.recipe.max_steps if has_rows else None
     steps = usual or advice.suggest_steps(num_train, on_gpu)
+    with usage_errors():
+        seconds, memory = advice.measure_step(words, str(folder), cfg.steps)
     if cfg.steps > 0:
-        with usage_errors():
-            seconds, memory = advice.measure_step(words, str(folder), cfg.steps)
         steps = usual or advice.suggest_steps(num_train, on_gpu, seconds)
         device, time = "GPU" if on_gpu else "CPU", format_duration(steps * seconds)
         print(
@@ -115,7 +115,7 @@ def print_summary(data: "BaseDataModule") -> None:
     source: Any = data.source
     if summary := getattr(source, "summary", ""):
         print(summary)
-    noun = {1: "row", **KINDS}[len(data.shape)]
+    noun = KINDS.get(len(data.shape) - 1, "row")
     print(f"{counted(len(data.train_indices), noun)} for training and {len(data.val_indices):,} for validation")
     if source.labels is not None:
         classes = source.labels.classes
@@ -167,7 +167,7 @@ def report_duplicates(data: "ImageDataModule") -> None:
     from src.data.split import sample_ids
 
     source: Any = data.source
-    noun = KINDS[len(data.shape)]
+    noun = KINDS[len(data.shape) - 1]
     duplicates = find_duplicates(source.fetch, len(source))
     is_val = np.zeros(len(source), bool)
     is_val[data.val_indices] = True
@@ -204,7 +204,7 @@ def write_pictures(data: "ImageDataModule", folder: Path, print_channels: bool) 
     if print_channels:
         text, names = summarize_columns([Column(f"channel {k + 1}") for k in range(len(values))], values.T, values.T)
         low, high = np.quantile(values, [0.001, 0.999])
-        fix = f"\nCorrect those that are errors; data.value_range=[{low:.3g},{high:.3g}] scales by the other values"
+        fix = f"\nCorrect those that are errors; 'data.value_range=[{low:.3g},{high:.3g}]' scales by the other values"
         print(text + (fix if names else ""))
 
 

@@ -192,7 +192,8 @@ def _is_number_or_constant(text: str) -> bool:
 
 def quoted(text: str) -> str:
     """Return `text` in Hydra's quotes: it doubles the backslashes before a quote, also the last one."""
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), escaped(text)) + "'"
+    quote = '"' if "'" in text and '"' not in text else "'"  # rather than escapes
+    return quote + re.sub(rf"(\\*)({quote}|\Z)", lambda m: m[1] * 2 + (m[2] and f"\\{quote}"), escaped(text)) + quote
 
 
 def escaped(text: str) -> str:
@@ -202,11 +203,13 @@ def escaped(text: str) -> str:
 
 def shell_word(text: str) -> str:
     """Return `text` quoted for bash and zsh, always on one line."""
-    if re.fullmatch(r"[\w=./@%+:-]+", text, re.ASCII):
+    if re.fullmatch(r"[\w./@%+:-][\w=./@%+:-]*", text, re.ASCII):
         return text
     if not text.isprintable():
         octal = "".join(
             f"\\{byte:03o}" if byte < 32 or byte > 126 or byte in b"\\'" else chr(byte) for byte in os.fsencode(text)
         )
         return f"$'{octal}'"
-    return shlex.quote(text) if re.search(r'[$`"\\!]', text) else f'"{text}"'
+    if re.search("[$`!]", text) or (re.search(r'["\\]', text) and "'" not in text):
+        return shlex.quote(text)
+    return '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'  # shlex would leave the quotes for each '

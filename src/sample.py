@@ -95,10 +95,12 @@ def draw(
     """Draw all samples; return them in parts, and the first samples at each noise level for an animation."""
     from tqdm import tqdm
 
+    from src.data.array_files import KINDS
     from src.runs.sampling import draw_batches
 
     frames: list[Tensor] = []
-    with tqdm(total=cfg.n * sampler.steps, unit="image-step", desc="Sampling", disable=processes.rank > 0) as bar:
+    unit = f"{KINDS.get(len(opened.module.shape) - 1, 'row')}-step"
+    with tqdm(total=cfg.n * sampler.steps, unit=unit, desc="Sampling", disable=processes.rank > 0) as bar:
 
         def on_step(indices: range, step: int, x: "Tensor", count: int) -> None:
             bar.update(count if step else 0)

@@ -73,9 +73,10 @@ def check_combinations(command: str, typed: Mapping[str, str], cfg: DictConfig) 
         raise UsageError(
             f"{typed[of_latents[0]]} has no effect without an autoencoder; leave it out, or add autoencoder=FOLDER"
         )
-    if command == "export" and cfg.get("aot") and cfg.get("format") != "torch_export":
+    formats = f"{cfg.get('format')} {typed.get('format')}"  # also those of a sweep
+    if command == "export" and cfg.get("aot") and "torch_export" not in formats:
         raise UsageError(f"aot=true has no effect with format={cfg.format}; leave it out, or type format=torch_export")
-    if command == "export" and cfg.get("format") != "diffusers":
+    if command == "export" and "diffusers" not in formats:
         for name in sorted(typed):
             if name.split(".")[0] in ("guidance", "sampler"):
                 fix = "leave it out, or type format=diffusers"

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from src.config.keys import explain_key, renamed_key, run_folder
+from src.config.keys import explain_key, other_value, renamed_key, run_folder
 from src.config.search_path import CONF, unknown_option
 from src.errors import UsageError, first_line, first_names, near_matches, quoted, shell_word
 
@@ -93,7 +93,8 @@ def _missing_plugin(group: str, name: str) -> str:
 
 def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[str]]) -> str:
     """Return the end of an error about an unknown key: the setting that was meant, if one is near."""
-    known = [name for name in (*names, *groups) if name != key]  # perhaps a group of another command
+    is_number = re.fullmatch(r"[\d.e+-]+", value) is not None  # which no option of a group is
+    known = [name for name in (*names, *groups) if name != key and not (is_number and name in groups)]
     if not key.startswith("recipe"):  # type the setting itself instead of its default
         known = [name for name in known if not name.startswith("recipe.")]
     if explanation := explain_key(key, value, names):
@@ -106,7 +107,7 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
             if value.lower() == "true" or (len(own) > 1 and not is_switch):
                 return f"; its settings are {first_names(own)}"
             new, value = (new, "null") if is_switch else (own[0], value)
-        return f"; type {shell_word(f'{new}={value}')}"
+        return f"; type {other_value(new, value)}"
     if key in groups:  # a group that this command does not have
         return ""
     elsewhere = ("hydra.", "recipe.", "callbacks.", "autoencoder.")
@@ -119,7 +120,7 @@ def key_hint(key: str, value: str, names: Sequence[str], groups: dict[str, list[
         close = [f"{parent}.{name}" for name in near_matches(last, siblings)]
     else:
         close = near_matches(key, known, cutoff=0.75)
-    return f"; did you mean {close[0]}? Type {shell_word(f'{close[0]}={value}')}" if close else ""
+    return f"; did you mean {close[0]}? Type {other_value(close[0], value)}" if close else ""
 
 
 def setting_names(cfg: DictConfig, prefix: str = "") -> list[str]:

@@ -36,7 +36,8 @@ def help_text(
         files = [file for folder in folders if (file := folder / group / f"{option}.yaml").is_file()]
         if files and (settings := _settings(files[0].read_text(encoding="utf-8"), ())):
             lines += ["", f"Settings of {group}={option}:", *settings]
-    lines += ["", "--cfg job prints all settings with their values, --hydra-help the flags of Hydra."]
+    lines += ["", "Quote values with brackets for the shell, as in 'optimizer.betas=[0.9,0.99]'."]
+    lines += ["--cfg job prints all settings with their values, --hydra-help the flags of Hydra."]
     return "\n".join(lines)
 
 

@@ -27,6 +27,8 @@ from src.errors import UsageError, first_line
 
 OUTPUT_OVERRIDE = re.compile(r"[+~]*hydra[./](output_subdir|job_logging)\b")
 """Overrides that control Hydra's files in the output folder."""
+HYDRAS_FORMAT = "[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+"""Format of log lines, unless an override sets another one."""
 NO_OUTPUT = ("hydra.output_subdir=null", "hydra/job_logging=none")
 """Overrides that disable Hydra's output."""
 NAME_OR_FILE = (
@@ -103,9 +105,13 @@ def store_output(deferred: DeferredOutput, cfg: DictConfig) -> None:
             *deferred.overrides,
         ]
     job_logging: Any = OmegaConf.create(OmegaConf.to_container(settings.job_logging, resolve=True))
+    simple = OmegaConf.select(job_logging, "formatters.simple.format")
     for handler in (job_logging.get("handlers") or {}).values():
         if "filename" in handler:
             handler.delay = True  # opens the file at the first line
+        elif simple == HYDRAS_FORMAT and not settings.verbose:
+            handler.formatter = "plain"  # as the lines that commands print; the file keeps time and module
+            job_logging.formatters.plain = {"format": "%(message)s"}
     configure_log(job_logging, settings.verbose)
     root, logs = logging.getLogger(), []
     for file in [each for each in root.handlers if isinstance(each, logging.FileHandler)]:

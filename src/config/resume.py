@@ -53,6 +53,8 @@ def expand_resume(overrides: list[str]) -> list[str]:
     if not (Path(folder) / ".hydra" / "overrides.yaml").is_file():
         inside = next((each for each in Path(folder).parents if (each / ".hydra" / "overrides.yaml").is_file()), None)
         hint = f"; type {format_override('resume', inside)}" if inside else newest_run("resume", Path(folder))
+        if folder in ("True", "last", "latest"):  # of other libraries
+            hint = "; type resume=auto"
         hint = hint or "; name a folder with .hydra and checkpoints"
         raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
     before = saved_overrides(Path(folder))

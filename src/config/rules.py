@@ -238,7 +238,9 @@ def check_type(name: str, default: Any, value: Any, typed: str = "") -> None:
         return
     if name in LENGTHS and isinstance(value, list):
         default = [0.05, 0.1]
-    elif (name in SEVERAL_TYPES and isinstance(value, int | float | list)) or value in WORDS.get(name, ()):
+    elif value in WORDS.get(name, ()) or (
+        name in SEVERAL_TYPES and isinstance(value, int | float | list) and not isinstance(value, bool)
+    ):
         return
     if value is None and isinstance(default, str):
         raise UsageError(f"{name}=null must have a value, such as {default}")

@@ -42,7 +42,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         value = value or next((word for word in following if not re.search(r"^-|=", word)), "VALUE")
         setting = OTHER_KEYS.get(name, "")
         name = setting if "." in setting and " " not in setting else name  # others depend on the command
-        raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {name}={value}")
+        raise UsageError(f"{unknown[0]} is not a flag; overrides have no dashes: type {shell_word(f'{name}={value}')}")
     overrides, flags, rest = list(known.overrides), [], list(known.overrides)
     for word in arguments:
         if rest and word == rest[0]:
@@ -139,11 +139,12 @@ def expand_home(overrides: Sequence[str]) -> list[str]:
 def expand_init_from(overrides: Sequence[str], command: str = "train") -> list[str]:
     """Replace `init_from=FOLDER` by `init_from.path=FOLDER`, which leaves the other settings of the node in place.
 
-    Likewise `autoencoder=FOLDER` of src.train; that of other commands is not a node. `none` means null.
+    Likewise `autoencoder=FOLDER` of src.train; that of other commands is not a node. `none` and `false` mean null.
     """
     nodes = "init_from|autoencoder" if command == "train" else "init_from"
     paths = [re.sub(rf"^(\+*)({nodes})=(?!\{{)", r"\1\2.path=", override) for override in overrides]
-    return [re.sub(r"^(\+*(init_from\.path|autoencoder(\.path)?))=none$", r"\1=null", path) for path in paths]
+    is_null = r"(^\+*(?:init_from\.path|autoencoder(?:\.path)?)=(?:.*,)?)(?:none|false)(?=,|$)"  # also in a sweep
+    return [re.sub(is_null, r"\1null", re.sub(is_null, r"\1null", path)) for path in paths]
 
 
 def choose_none(overrides: Sequence[str], folders: Sequence[Path] = (CONF,)) -> list[str]:

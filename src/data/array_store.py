@@ -85,7 +85,7 @@ def _decode_into(
         if sample is not None and out is None:
             header = sample.header
             needed = len(found) * sample.values.nbytes
-            log.info(f"Decoding {len(found):,} files once ({needed / 1e6:,.0f} MB in {folder.parent})")
+            log.info(f"Decoding {len(found):,} files once ({needed / 1e6:,.1f} MB in {folder.parent})")
             check_space(folder, needed)
             out = np.lib.format.open_memmap(
                 folder / "samples.npy", "w+", sample.values.dtype, (len(found), *sample.values.shape)

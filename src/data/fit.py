@@ -250,7 +250,7 @@ def check_range(value_range: Sequence[float], low: float, high: float) -> None:
     if high < start or low > end or min(high, end) - max(low, start) < MIN_USE * (end - start):
         raise ValueError(
             f"data.value_range={shown} does not suit the files: their values lie in [{low:g}, {high:g}], less than "
-            f"{MIN_USE:.0%} of it; set data.value_range=[{low:g},{high:g}]"
+            f"{MIN_USE:.0%} of it; set 'data.value_range=[{low:g},{high:g}]'"
         )
 
 
@@ -293,7 +293,7 @@ def warn_of_outliers(pixels: Array, limits: tuple[float, float]) -> None:
     if 0 < high - low < MIN_USE * (limits[1] - limits[0]):
         warnings.warn(
             f"99.8% of the values lie in [{low:g}, {high:g}], which is {(high - low) / (limits[1] - limits[0]):.1%} of "
-            f"the range [{limits[0]:g}, {limits[1]:g}]; data.value_range=[{low:g},{high:g}] scales by these values",
+            f"the range [{limits[0]:g}, {limits[1]:g}]; 'data.value_range=[{low:g},{high:g}]' scales by these values",
             stacklevel=2,
         )
 

@@ -248,7 +248,7 @@ def _measure(
         )
         raise ValueError(
             f"the images {found.place} have values of different types ({counts}); convert them to one type, or set "
-            f"data.value_range=[{low:g},{high:g}] if their values have the same meaning"
+            f"'data.value_range=[{low:g},{high:g}]' if their values have the same meaning"
         )
     dtype = str(names[0]) if len(names) == 1 else "float32"
     limits = find_limits(value_range, dtype, low, high)
@@ -274,7 +274,7 @@ def _probe(
         if image.type not in ("bool", "uint8"):
             raise ValueError(
                 f"data.cache=false does not measure the values of {image.type} images; set "
-                "data.value_range=[low,high], or data.cache=true"
+                "'data.value_range=[low,high]', or data.cache=true"
             )
         return image.type, infer_range(image.type, image.low, image.high)
     check_readable(found, errors, skip_unreadable=False)

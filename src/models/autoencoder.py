@@ -121,7 +121,7 @@ class KLAutoencoder(nn.Module):
         """Return the sides of the latents of images. Raises ValueError if `factor` does not divide the sides."""
         if len(size) != 2 or any(n % self.factor for n in size):
             near = [max(1, round(n / self.factor)) * self.factor for n in size]
-            shown, fix = (f"data.image_size=[{','.join(map(str, sides))}]" for sides in (size, near))
+            shown, fix = (f"'data.image_size=[{','.join(map(str, sides))}]'" for sides in (size, near))
             raise ValueError(
                 f"{shown} must be two sides that {self.factor} divides, the factor of this autoencoder; "
                 + (f"set '{fix}'" if len(size) == 2 else "choose data of images")

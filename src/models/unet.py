@@ -288,8 +288,8 @@ def attended_resolutions(requested: Sequence[int], resolutions: Sequence[float])
         nearby = ",".join(str(round(s)) for s in sorted({*nearest.values()}, reverse=True))
         warnings.warn(
             f"model.attention_resolutions={list(requested)}: {ignored} ignored, the stages have resolutions "
-            f"{[round(r, 1) for r in resolutions]}; set model.attention_resolutions=[{accepted}] for this network, or "
-            f"[{nearby}] for more attention",
+            f"{[round(r, 1) for r in resolutions]}; set 'model.attention_resolutions=[{accepted}]' for this network, "
+            f"or [{nearby}] for more attention",
             stacklevel=3,
         )
     return {s for r, s in nearest.items() if r not in ignored}

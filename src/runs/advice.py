@@ -133,7 +133,7 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> tuple[fl
     """Train `count` timed steps with these overrides of `src.train`, without saving; return the cost of one step.
 
     It consists of seconds, and the peak memory of the device or the process in bytes. The first two steps are slower
-    and not counted. Raises ValueError for invalid settings.
+    and not counted. With `count` 0 it only calls the network for one sample. Raises ValueError for invalid settings.
     """
     import resource
 
@@ -151,6 +151,10 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> tuple[fl
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"trainer\.limit_val_batches=0 ")  # set here, not by the user
         run = build(cfg)
+    if count == 0:
+        with torch.no_grad():
+            run.module.eval().denoise(torch.zeros(1, *run.module.shape), run.module.schedule.row(0))
+        return 0.0, 0
     load_data(run)
     times: list[float] = []
 

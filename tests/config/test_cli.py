@@ -15,9 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 import src
 from src.config.arguments import check_arguments
 from src.config.cli import launch
+from src.config.compose import key_hint, setting_names
+from src.config.keys import FOREIGN_OPTIONS, FOREIGN_VALUES, OTHER_FORMS, OTHER_KEYS
 from src.config.overrides import check_overrides
 from src.config.resume import check_unused, check_writable, expand_resume, expand_sweep, explain_resume
-from src.config.search_path import CONF, config_groups, extra_folders
+from src.config.rules import check_value
+from src.config.search_path import CONF, config_groups, extra_folders, load_option
 from src.config.words import expand_init_from, split_arguments
 from src.diffusion.schedules import custom
 from src.distributed.ranks import fresh_folder, rank, slurm_tasks
@@ -121,6 +124,12 @@ def test_setting_without_effect_warns():
         (["optimizer.betas=[0.9,0.99,]"], ["optimizer.betas=[0.9,0.99]"]),
         (["callbacks.ema=false"], ["callbacks.ema=null"]),
         (["ema=0.99"], ["callbacks.ema.decay=0.99"]),
+        (["adam_beta1=0.95"], ["optimizer.betas=[0.95,0.999]"]),
+        (["mixed_precision=fp16"], ["trainer.precision=16-mixed"]),
+        (["resume_from_checkpoint=latest"], ["resume=auto"]),
+        (["noise_schedule=squaredcos_cap_v2"], ["schedule=cosine"]),
+        (["timesteps=400"], ["schedule.num_steps=400"]),
+        (["--logger.csv.prefix", "a b"], ["logger.csv.prefix=a b"]),
         (["vae=FOLDER"], ["autoencoder.path=FOLDER"]),
         (["seed=0..2"], ["-m", "seed=range(0,3)"]),
         (["-cfg", "job"], ["--cfg"]),
@@ -138,6 +147,46 @@ def test_hint_can_be_typed(words, wanted):
     assert hint == wanted
     overrides, flags = split_arguments(hint if "--cfg" not in hint else [*hint, "job"])
     check_overrides("train", overrides, multirun="-m" in flags)
+
+
+def test_names_of_other_libraries_get_existing_settings():
+    groups = config_groups([CONF])
+    known = [f"{group}={option}" for group in groups for option in groups[group]]
+    for command, keys in (
+        ("train", [*OTHER_KEYS, *" ".join(OTHER_FORMS["trainer.max_steps"]).split()]),
+        ("sample", [*OTHER_KEYS, *" ".join(OTHER_FORMS["gif"]).split()]),
+        ("schedules", OTHER_KEYS),
+    ):
+        names = setting_names(compose(command))
+        for key in keys:
+            hint = key_hint(key, "1e3", names, groups)
+            words = shlex.split(hint.partition("; type ")[2])
+            has = [*names]
+            for group, _, option in (word.partition("=") for word in words):
+                has += setting_names(load_option(group, option), f"{group}.") if f"{group}={option}" in known else []
+            for word in words:
+                name, _, value = word.partition("=")
+                ours = name in has or name[0] == "+" or re.match(r"hydra\.|logger\.wandb\.", name)
+                assert word in known or (ours and (name not in groups or value == "1e3")), (key, hint)
+
+
+def test_other_forms_and_values_pass_every_check():
+    for command, own in (("train", "trainer.max_steps"), ("sample", "gif")):
+        jobs: list[dict[str, str]] = []
+        texts = list(OTHER_FORMS[own].values())
+        texts += [text for text in FOREIGN_OPTIONS.values() if command == "train"]
+        for text in texts:  # several in one check, unless they share a node
+            nodes = {word.lstrip("+").split("=")[0].split(".")[0]: "" for word in text.split()}
+            job = next((job for job in jobs if not job.keys() & nodes.keys()), None)
+            if job is None:
+                jobs.append(job := {})
+            job |= nodes | {next(iter(nodes)): text.format(value=1)}
+        for job in jobs:
+            check_overrides(command, " ".join(filter(None, job.values())).split())
+    for setting, value in FOREIGN_VALUES.items():
+        name = {"device": "device", "precision": "trainer.precision", "prediction": "diffusion.prediction"}
+        key = setting.partition("=")[0]
+        check_value(name.get(key, key), value)
 
 
 def test_refusal_repeats_the_typed_override():
@@ -164,6 +213,12 @@ def test_none_means_no_autoencoder_and_no_initial_weights():
             for value in ("none", "null")
         )
         assert none == null
+    assert expand_init_from(["autoencoder=none,a,false"], "sample") == ["autoencoder=null,a,null"]
+    assert expand_init_from(["autoencoder=none,a"]) == ["autoencoder.path=null,a"]
+    check_overrides("export", ["format=safetensors,diffusers", "sampler=ddim"], multirun=True)
+    for command, word in (("ema", "length=true"), ("train", "data.image_size=true")):
+        with pytest.raises(UsageError, match=rf"{word} must be a"):
+            check_overrides(command, [word])
     with pytest.raises(UsageError, match="autoencoder=true"):
         check_overrides("train", expand_init_from(["autoencoder=true"]))
 

@@ -4,6 +4,7 @@ import ast
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import warnings
 from pathlib import Path
@@ -17,7 +18,7 @@ from src.config.overrides import check_overrides
 from src.config.resume import check_unused, expand_resume
 from src.config.sweeps import CompareRuns
 from src.config.words import last_value, parsed, split_arguments
-from src.errors import UsageError, command, format_override, literal, usage_errors
+from src.errors import UsageError, command, format_override, literal, shell_word, usage_errors
 from src.export import export
 from src.runs import out_of_memory
 from src.runs.build import build, close_run
@@ -40,9 +41,9 @@ NAMES = [
 ]
 
 
-def words_of(line: str) -> list[str]:
+def words_of(line: str, shell: str = "bash") -> list[str]:
     """Return the arguments that a shell passes for a command line."""
-    done = subprocess.run(["bash", "-c", f"python() {{ printf '%s\\0' \"$@\"; }}\n{line}"], capture_output=True)
+    done = subprocess.run([shell, "-c", f"python() {{ printf '%s\\0' \"$@\"; }}\n{line}"], capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.decode("utf-8", "surrogateescape").split("\0")[:-1]
 
@@ -68,6 +69,9 @@ def test_quoted_names_survive_shell_and_hydra():
     line = command("sample", *(format_override("run", name) for name in names), format_override("runs", names))
     assert "\n" not in line
     words = words_of(line)[2:]
+    alone = f"python {' '.join(map(shell_word, names))}"
+    for shell in filter(shutil.which, ("bash", "zsh")):
+        assert words_of(line, shell)[2:] == words and words_of(alone, shell) == names
     for name, word in zip(names, words, strict=False):
         assert read(word) == name and parsed(word).key_or_group == "run"
         assert not name.strip() or last_value([word], "run") == name
