@@ -144,6 +144,7 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> tuple[fl
     from src.runs.build import build
     from src.runs.fit import load_data
     from src.runs.trainer import quiet_libraries
+    from src.training.module import DiffusionModule
 
     quiet_libraries()
     quiet = ["callbacks=none", "logger=none", "trainer.enable_checkpointing=false", "trainer.limit_val_batches=0"]
@@ -152,8 +153,10 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> tuple[fl
         warnings.filterwarnings("ignore", r"trainer\.limit_val_batches=0 ")  # set here, not by the user
         run = build(cfg)
     if count == 0:
+        module = run.module.eval()
+        assert isinstance(module, DiffusionModule)  # src.doctor has no task
         with torch.no_grad():
-            run.module.eval().denoise(torch.zeros(1, *run.module.shape), run.module.schedule.row(0))
+            module.denoise(torch.zeros(1, *module.shape), module.schedule.row(0))
         return 0.0, 0
     load_data(run)
     times: list[float] = []
