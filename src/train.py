@@ -155,13 +155,15 @@ def print_results(run: "Run", metrics: dict[str, float]) -> None:
 
 def latent_command(run: "Run") -> str:
     """Return the command that trains a diffusion model of the latents of the same data by a trained autoencoder."""
+    words = [*search_path_overrides(), format_override("autoencoder", relative(run.directory))]
     typed = [o for o in HydraConfig.get().overrides.task if o.startswith("data.")] if HydraConfig.initialized() else []
-    choices = [f"data={HydraConfig.get().runtime.choices['data']}"] if HydraConfig.initialized() else []
+    if HydraConfig.initialized():
+        words.append(f"data={HydraConfig.get().runtime.choices['data']}")
+    words.extend(map(shell_word, typed))
     if not any(o.startswith("data.image_size=") for o in typed):
         size = run.config.data.image_size
-        typed.append(format_override("data.image_size", size if isinstance(size, int) else list(size)))
-    folder = format_override("autoencoder", relative(run.directory))
-    return command("train", *search_path_overrides(), folder, *choices, *map(shell_word, typed))
+        words.append(format_override("data.image_size", size if isinstance(size, int) else list(size)))
+    return command("train", *words)
 
 
 def resume_hint(run: "Run") -> str:

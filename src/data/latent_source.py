@@ -1,7 +1,6 @@
 """Latents of images in a file on disk, and as a source of samples."""
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from src.data.batches import BatchDataset, BatchLoader
 from src.data.decode import Array
+from src.data.pixel_store import check_space
 from src.data.samplers import BatchIndices
 from src.data.sources import Covariates, Labels, Source
 from src.errors import DataReadError
@@ -100,10 +100,9 @@ def write_latents(
     first = encode(source.fetch([0]))
     kinds = 2 if first[:, :, 1].any() else 1  # a deterministic encoder has no standard deviation
     shape = (len(source), first.shape[1], kinds, *first.shape[3:])
-    needed, free = int(np.prod(shape)) * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+    needed = int(np.prod(shape)) * np.dtype(dtype).itemsize
     log.info(f"Encoding {len(source):,} images once ({needed / 1e6:,.1f} MB in {folder.parent})")
-    if needed > free:
-        raise OSError(f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+    check_space(folder, needed)
     out = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.dtype(dtype), shape)
     starts = range(0, len(source), num_at_once)
     batches = [BatchIndices(k, len(source), [*range(k, min(k + num_at_once, len(source)))]) for k in starts]

@@ -12,7 +12,7 @@ from src.models.layers import zero_init
 Norm = Literal["rms", "layer"]
 
 THETA = 100.0
-"""The period of the slowest rotary frequency is 2 pi times this many patches, as in DINOv3 (arXiv 2508.10104)."""
+"""The period of the slowest rotary frequency is 2 pi times this many patches (Heo et al. 2024, arXiv 2403.13298)."""
 
 
 class RotaryAttention(nn.Module):

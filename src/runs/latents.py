@@ -134,7 +134,9 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
         raise ValueError(f"{override} is for diffusion models, and task=autoencoder trains one; leave one out")
     if cfg.get("repa"):
         raise ValueError(f"{override} trains in latents, and repa=default needs images; leave one out")
-    if size is None or channels is None:
+    if {"channels", "image_size"} <= cfg.data.keys() and (size is None or channels is None):  # those of the files
+        channels, *size = instantiate_node(cfg.data).shape
+    if size is None or channels is None or (not isinstance(size, int) and len(size) != 2):
         raise ValueError(
             f"{override} needs images with data.channels and data.image_size; choose data=folder, or leave it out"
         )

@@ -50,18 +50,20 @@ def read_prompts(condition: "Condition | None", cond: Any, negative: Any) -> Seq
 
 
 def resize_samples(opened: "OpenedRun", image_size: int | Sequence[int] | None) -> None:
-    """Let the run draw images of another size, one number or (H, W), than in training; None keeps that.
+    """Let the run draw samples of another size, one number or one per side, than in training; None keeps that.
 
     Latents are smaller by the factor of the autoencoder. Raises ValueError for a wrong size and for a run on points.
     """
     if image_size is None:
         return
     override = format_override("image_size", image_size)
-    size = list(image_size) if isinstance(image_size, Sequence) else [image_size] * 2
-    if len(size) != 2 or not all(type(side) is int and side >= 1 for side in size):
-        raise ValueError(f"{override} must be a number, or [height,width], of at least 1")
-    if len(opened.module.shape) != 3:
-        raise ValueError(f"{override} is for images, and the run was trained on points: leave it out")
+    dims = len(opened.module.shape) - 1
+    if not dims:
+        raise ValueError(f"{override} is for images, and the run was trained on points; leave it out")
+    size = list(image_size) if isinstance(image_size, Sequence) else [image_size] * dims
+    if len(size) != dims or not all(type(side) is int and side >= 1 for side in size):
+        sides = ("[length]", "[height,width]", "[depth,height,width]")[dims - 1]
+        raise ValueError(f"{override} must be a number, or {sides}, of at least 1")
     factor = opened.data.displayed.shape[1] // opened.data.shape[1]
     if any(side % factor for side in size):
         near = [max(1, round(side / factor)) * factor for side in size]

@@ -80,11 +80,10 @@ class AlignedModule(DiffusionModule):
         setting = f"repa.layer={layer}"
         if not isinstance(hidden, Tensor) or hidden.ndim not in (3, 4):
             raise ValueError(f"{setting} must return tokens (B, L, C) or a feature map (B, C, h, w); name a block")
-        patch_size = getattr(self.net, "patch_size", 1)
-        self.grid = [-(-n // patch_size) for n in self.shape[1:]]
-        if hidden.ndim == 3 and hidden.shape[1] < math.prod(self.grid):
+        num_patches = math.prod(self.patch_grid(self.shape))
+        if hidden.ndim == 3 and hidden.shape[1] < num_patches:
             raise ValueError(
-                f"{setting} returns {hidden.shape[1]} tokens, fewer than {math.prod(self.grid)} patches; name a block"
+                f"{setting} returns {hidden.shape[1]} tokens, fewer than {num_patches} patches; name a block"
             )
         features = encoder.feature_map(torch.zeros(1, *self.shape)).shape[1]
         sizes = [hidden.shape[1 if hidden.ndim == 4 else 2], width, width, features]
@@ -129,6 +128,10 @@ class AlignedModule(DiffusionModule):
         loss = out["loss"] + self.repa_weight * (out["weight"] * distance).mean()
         return {**out, "loss": loss, "terms": {**out["terms"], "repa": distance.detach()}}
 
+    def patch_grid(self, shape: Sequence[int]) -> list[int]:
+        """Return the number of patches along each side of images of `shape` (..., H, W), which differs in buckets."""
+        return [-(-n // getattr(self.net, "patch_size", 1)) for n in shape[-2:]]
+
     def similarity(self, x0: Tensor, hidden: Tensor) -> Tensor:
         """Return the mean cosine similarity (B,) of images (B, C, H, W) in [-1, 1] and their hidden features.
 
@@ -137,7 +140,7 @@ class AlignedModule(DiffusionModule):
         """
         self.encoder.to(x0.device)
         target = self.encoder.feature_map(((x0.float() + 1) * 127.5).clamp(0, 255)).float()
-        grid = list(hidden.shape[2:]) if hidden.ndim == 4 else self.grid
+        grid = list(hidden.shape[2:]) if hidden.ndim == 4 else self.patch_grid(x0.shape)
         target = F.interpolate(target, grid, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
         tokens = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden[:, : target.shape[1]]
         return F.cosine_similarity(self.repa(tokens).float(), target, dim=2).mean(1)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
@@ -24,7 +25,7 @@ from src.runs import out_of_memory
 from src.runs.build import build, close_run
 from src.runs.checkpoints import find_checkpoint
 from src.sample import sample
-from src.train import train
+from src.train import latent_command, train
 from tests.conftest import TINY, compose
 
 NASTY = "out, (a=b) 'q\" é~"
@@ -244,3 +245,10 @@ def test_failed_comparison_prints_its_command(tmp_path, monkeypatch, capfd):
     assert "no run in" in capfd.readouterr().err  # so the folder was found
     words = printed(str(next(w.message for w in caught if "comparing" in str(w.message))), "compare")
     assert read(words[0]) == [str(sweep)]
+
+
+@pytest.mark.parametrize("size", [8, [16, 24]])
+def test_command_of_an_autoencoder_has_the_inferred_size(size: int | list[int], tmp_path: Path) -> None:
+    run = SimpleNamespace(directory=tmp_path / NASTY, config=OmegaConf.create({"data": {"image_size": size}}))
+    folder, shown = printed(latent_command(run), "train")  # type: ignore[arg-type]
+    assert (read(folder), read(shown)) == (str(run.directory), size)

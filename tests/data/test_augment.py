@@ -457,6 +457,14 @@ def test_networks_draw_images_of_a_bucket():
     for wrong in (0, [8], [8, 0]):
         with pytest.raises(ValueError, match=r"image_size="):
             resize_samples(opened, wrong)
+    for trained, image_size, shape in (
+        ((2, 8), 5, (2, 5)),
+        ((2, 8), [7], (2, 7)),
+        ((1, 4, 4, 4), [2, 3, 5], (1, 2, 3, 5)),
+    ):
+        made.shape = opened.data.shape = images.shape = trained
+        resize_samples(opened, image_size)
+        assert made.shape == shape
     made.shape = (2,)
     with pytest.raises(ValueError, match=r"image_size=16"):
         resize_samples(opened, 16)

@@ -299,6 +299,17 @@ def test_settings_without_meaning_are_refused(vae, tmp_path, overrides, named):
         build(compose("train", *settings))
 
 
+def test_images_in_an_array_infer_their_size(vae, tmp_path):
+    for name, size in (("images", (6, 8)), ("signals", (8,))):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).integers(0, 255, (20, 1, *size), dtype=np.uint8))
+    words = [*once(*TINY, *QUICK), "data=array", f"autoencoder.path={vae}", f"run_dir={tmp_path}"]
+    cfg = build(compose("train", *words, f"data.root={tmp_path / 'images.npy'}")).config
+    assert (cfg.model.channels, cfg.model.image_size) == (2, [3, 4])
+    assert (cfg.data.channels, cfg.data.image_size) == (1, [6, 8])
+    with pytest.raises(ValueError, match="autoencoder="):
+        build(compose("train", *words, f"data.root={tmp_path / 'signals.npy'}"))
+
+
 def test_autoencoder_of_plain_runs_is_refused(trained, vae):
     with pytest.raises(ValueError, match="autoencoder="):
         open_run(str(trained), autoencoder=str(vae))

@@ -110,6 +110,14 @@ def test_term_is_the_mean_cosine_written_out(make, layer, tokens):
     assert_close(out["loss"].detach(), mean)
 
 
+def test_tokens_of_another_bucket_align_like_a_feature_map():
+    module = module_of(dit(), encoder=Corners(), width=16)
+    x0, feature_map = torch.rand(2, 1, 6, 8) * 2 - 1, torch.randn(2, 8, 3, 4)
+    registers = torch.randn(2, 5, 8)
+    tokens = torch.cat([feature_map.flatten(2).transpose(1, 2), registers], dim=1)
+    assert_close(module.similarity(x0, tokens), module.similarity(x0, feature_map))
+
+
 def test_gradient_reaches_the_blocks_up_to_the_layer():
     module = module_of(dit(), encoder=Corners(), layer="blocks.1", width=16)
     plain = module_of(dit(), DiffusionModule)

@@ -38,7 +38,7 @@ class ScheduleFreeAverage(EMA):
     The weights hold y = (1 - beta1) z + beta1 x, and the optimizer keeps z. Validation, samples and the checkpoint's
     `state_dict` use x, and `current_model_state` holds y, as `EMA` does with its average. Attached by the module.
 
-    Source: Defazio et al. 2024 (arXiv 2405.15682), eq. 5.
+    Source: Defazio et al. 2024 (arXiv 2405.15682), eq. 3 and 5.
     """
 
     def __init__(self) -> None:
