@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from src.data.array_files import AUDIO_SUFFIXES, Sample, arrange, array_suffix, read_file, reorient
-from src.data.decode import Array
+from src.data.decoded import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
 from src.data.pixel_store import check_space, default_cache_dir, fill_cache, store_key
@@ -68,6 +68,8 @@ def _decode_into(folder: Path, found: FoundImages, channels: int, size: tuple[in
                 reason = f"its sample rate is {rates[0]}, and that of others {rates[1]}"
             else:
                 out[k] = sample.values
+                if sample.header.get("subtype") != header.get("subtype"):
+                    header = {key: value for key, value in header.items() if key != "subtype"}  # the most precise type
                 changes.update(sample.changes)
                 low, high = min(low, float(sample.values.min())), max(high, float(sample.values.max()))
         if reason:
