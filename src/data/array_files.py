@@ -11,13 +11,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from src.data.decode import ARRAY_SUFFIXES, Array
+from src.data.decode import ARRAY_SUFFIXES
+from src.data.decoded import Array
 from src.data.found_images import FoundImages
 from src.data.read_errors import read_with_retries
 from src.errors import absence, counted, first_names, optional_package
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".aif", ".aiff", ".mp3", ".opus"}
 NIFTI_SUFFIXES = {".nii", ".nii.gz"}
+MAX_WAV = 2**31 - 2**16
+"""Bytes; programs that do not know the length of a recording claim more in its header."""
 KINDS = {1: "signal", 2: "image", 3: "volume"}
 
 
@@ -181,6 +184,11 @@ def _read_audio(stream: BinaryIO) -> Sample:
     """Return audio (channels, L): int16 for up to 16 bits, else float32. The header has no `subtype` for PCM_16."""
     with optional_package("audio", "soundfile"):
         import soundfile
+    start = stream.read(8)
+    size = 8 + int.from_bytes(start[4:], "little") if start[:4] == b"RIFF" else 0
+    if stream.seek(0, io.SEEK_END) < size < MAX_WAV:
+        raise ValueError("it is truncated")
+    stream.seek(0)
     with soundfile.SoundFile(stream) as file:
         few_bits = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
         values = file.read(dtype="int16" if few_bits else "float32", always_2d=True)

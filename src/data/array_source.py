@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from src.data.decode import Array
+from src.data.decoded import Array
 from src.data.sources import Covariates, Labels
 from src.errors import counted
 
@@ -84,16 +84,6 @@ def measure(path: Path, array: Array) -> tuple[float, float]:
         lows.append(low)
         highs.append(high)
     return min(lows), max(highs)
-
-
-def check_resolution(limits: tuple[float, float]) -> None:
-    """Raise ValueError if float32, the type of network inputs, has fewer than 256 values between the limits."""
-    low, high = limits
-    if high - low < 2**-16 * max(abs(low), abs(high)):
-        raise ValueError(
-            f"data.value_range=[{low:.10g},{high:.10g}] is too narrow for its distance from 0 in float32; subtract a "
-            "constant from the values of the files"
-        )
 
 
 def describe_array(array: Array, limits: tuple[float, float]) -> str:

@@ -23,7 +23,7 @@ from src.data.array_files import (
     read_file,
     reorient,
 )
-from src.data.decode import Array
+from src.data.decoded import Array
 from src.data.found_images import FoundImages
 from src.data.image_source import check_readable
 from src.data.pixel_store import check_space, default_cache_dir, fill_cache, store_key
@@ -98,6 +98,8 @@ def _decode_into(
                 reason = f"its sample rate is {rates[0]}, and that of others {rates[1]}"
             else:
                 out[k] = sample.values
+                if sample.header.get("subtype") != header.get("subtype"):
+                    header = {key: value for key, value in header.items() if key != "subtype"}  # the most precise type
                 changes.update(sample.changes)
                 low, high = min(low, float(sample.values.min())), max(high, float(sample.values.max()))
         if reason:

@@ -19,9 +19,9 @@ from src.data.array_files import (
     read_file,
 )
 from src.data.array_folders import find_arrays, labels_beside, labels_of_files, one_file, read_labels
-from src.data.array_source import ArraySource, check_resolution, describe_array, measure
+from src.data.array_source import ArraySource, describe_array, measure
 from src.data.array_store import decode_all, mix
-from src.data.decode import Array
+from src.data.decoded import Array
 from src.data.fit import find_limits, spatial_size, warn_of_outliers
 from src.data.found_images import FoundImages, describe
 from src.data.image_source import check_readable
@@ -130,7 +130,6 @@ class Arrays:
         open_array = partial(_open_arranged, path, self.key, channels, size)
         array = open_array()
         limits = find_limits(value_range, array.dtype.name, *measure(path, array))
-        check_resolution(limits)
         if value_range is None:
             warn_of_outliers(array, limits)
         labels, text = None, f"{counted(len(array), KINDS[len(size)])} in {path.name}"
@@ -173,10 +172,9 @@ class Arrays:
         open_array = partial(np.load, path, mmap_mode="r")
         array = open_array()
         low, high = about["low"], about["high"]
-        if suffix in AUDIO_SUFFIXES and array.dtype.kind == "i":  # so that silence maps to 0
+        if suffix in AUDIO_SUFFIXES:  # so that silence maps to 0
             low, high = -max(-low, high), max(-low, high)
         limits = find_limits(value_range, array.dtype.name, low, high)
-        check_resolution(limits)
         if value_range is None:
             warn_of_outliers(array, limits)
         text += describe_array(array, limits)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.data.decode import Pages
+from src.data.decoded import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import find, refuse_columns
 from src.data.frames import describe_frames

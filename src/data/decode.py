@@ -1,57 +1,36 @@
 """Decode an image file of any format into an array of its original values."""
 
 import io
-import math
-import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
-from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile
+from tifffile import TiffFile
 
-Array = npt.NDArray[Any]
-Pages = Literal["first", "channels", "samples"]
-"""Which images of a file are used; `samples` is all, each as a sample of its own (`src.data.frames`)."""
+from src.data.decoded import Array, Decoded, Pages, colors_to_srgb, is_srgb
+from src.data.deep_images import (
+    JPEG2000_MARKS,
+    NETPBM_HEADER,
+    bits_of_jpeg2000,
+    decode_fits,
+    decode_jpeg2000,
+    decode_netpbm,
+    decode_png16,
+)
+from src.data.tiff import count_tiff, full_pages, is_plain, tiff_frames
 
+Kind = Literal["empty", "numpy", "tiff", "png16", "netpbm16", "jpeg2000", "fits", "other"]
 ARRAY_SUFFIXES = {".npy", ".npz"}
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
 HEIF_BRANDS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")}
 TIFF_MARKS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-NETPBM_HEADER = re.compile(rb"P([56])\s(?:\s*#.*\n)*\s*(\d+)\s+(?:#.*\n)*(\d+)\s+(?:#.*\n)*(\d+)\s")
-"""The header of a binary PGM (5) or PPM (6): width, height and largest value, with comments."""
-ONLY_TIFFFILE = {33003, 33004, 33005, 34712, 50001, 50002}
-"""Compressions of TIFF that Pillow does not decode: JPEG 2000 (four numbers), WebP and JPEG XL."""
-ORIENTATIONS = ((0, 0), (0, 0), (1, 0), (0, 2), (1, 2), (1, 1), (0, 3), (1, 3), (0, 1))
-"""What turns an array (H, W, C) upright, by the tag 1 to 8 of TIFF and EXIF: a mirrored width, then quarter turns."""
 NOT_IMAGES = {".bufr", ".emf", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps", ".wmf"}
 """Suffixes that Pillow registers for formats that it does not decode into pixels by itself."""
-
-
-class Decoded(NamedTuple):
-    """An image with its original values.
-
-    `pixels` has shape (H, W, C) and the type of the file. With `alpha` the last channel is opacity. `is_rgb` tells
-    whether three color channels are red, green and blue, not bands of other meaning. `size` (W, H) is that of the
-    upright image in the file, which is larger than `pixels` where a JPEG was decoded at reduced size. `frames` counts
-    the images in the file, of which `pixels` is the first.
-    """
-
-    pixels: Array
-    alpha: bool
-    is_rgb: bool
-    size: tuple[int, int]
-    frames: int = 1
-
-    @classmethod
-    def of(cls, pixels: Array, alpha: bool = False, is_rgb: bool = False) -> "Decoded":
-        """Return the only image of a file, at full size."""
-        return cls(pixels, alpha, is_rgb, (pixels.shape[1], pixels.shape[0]))
 
 
 @cache
@@ -93,15 +72,19 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
         case "tiff":
             decoded = _from_tiff(stream, pages)
         case "png16":
-            decoded = _from_png16(stream.read())
+            decoded = _from_png16(stream)
         case "netpbm16":
-            decoded = _from_netpbm16(stream.read())
+            decoded = _without_alpha(decode_netpbm(stream.read()), rgb=True)
+        case "jpeg2000":
+            decoded = _without_alpha(decode_jpeg2000(stream.read()), rgb=True)
+        case "fits":
+            decoded = _without_alpha(decode_fits(stream.read()), rgb=False)
         case "other":
             decoded = _from_pillow(stream, pages, at_least)
     return _check_values(decoded)
 
 
-def _kind(stream: BinaryIO) -> Literal["empty", "numpy", "tiff", "png16", "netpbm16", "other"]:
+def _kind(stream: BinaryIO) -> Kind:
     """Return which decoder an opened file needs, by its first bytes."""
     start = stream.read(4096)
     stream.seek(0)
@@ -115,7 +98,11 @@ def _kind(stream: BinaryIO) -> Literal["empty", "numpy", "tiff", "png16", "netpb
         return "png16"
     if (header := NETPBM_HEADER.match(start)) is not None and int(header[4]) > 255:
         return "netpbm16"
-    return "other"
+    if start.startswith(JPEG2000_MARKS):
+        bits = bits_of_jpeg2000(stream.read())
+        stream.seek(0)
+        return "jpeg2000" if bits > 8 else "other"
+    return "fits" if start.startswith(b"SIMPLE  =") else "other"
 
 
 def _check_values(decoded: Decoded) -> Decoded:
@@ -144,29 +131,24 @@ def _from_array(array: Array, channels: int) -> Decoded:
     planar = array.ndim == 3 and array.shape[2] != channels
     if planar and (array.shape[0] == channels or array.shape[0] < min(array.shape[1:])):
         array = array.transpose(1, 2, 0)
+    return _without_alpha(array, rgb=False)
+
+
+def _without_alpha(array: Array, rgb: bool) -> Decoded:
+    """Return (H, W) or (H, W, C) as an image without opacity, whose channels, if they are three, may be RGB.
+
+    Raises ValueError for other shapes and empty arrays.
+    """
     if array.ndim not in (2, 3) or not array.size:
         fix = "; use data=array, for signals, volumes, and files of all samples" if array.size else ""
         raise ValueError(f"its shape is {array.shape}, not (height, width) or (height, width, channels){fix}")
-    return Decoded.of(np.atleast_3d(array))
+    pixels = np.atleast_3d(array)
+    return Decoded.of(pixels, is_rgb=rgb and pixels.shape[2] == 3)
 
 
-def _from_png16(contents: bytes) -> Decoded:
-    """Decode a PNG with 16 bits per channel, which Pillow reduces to 8 if it has color or alpha."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_image
-
-    stored = torch.frombuffer(bytearray(contents), dtype=torch.uint8)
-    pixels = decode_image(stored, mode=ImageReadMode.UNCHANGED).permute(1, 2, 0).numpy()
-    return Decoded.of(pixels, pixels.shape[2] in (2, 4), pixels.shape[2] > 2)
-
-
-def _from_netpbm16(contents: bytes) -> Decoded:
-    """Decode a PGM or PPM file with more than 8 bits, whose values Pillow rescales."""
-    header = NETPBM_HEADER.match(contents)
-    assert header is not None
-    shape = int(header[3]), int(header[2]), 1 if header[1] == b"5" else 3
-    values = np.frombuffer(contents, ">u2", count=math.prod(shape), offset=header.end())
-    return Decoded.of(values.astype(np.uint16).reshape(shape), is_rgb=shape[2] == 3)
+def _from_png16(stream: BinaryIO) -> Decoded:
+    pixels, alpha, profile = decode_png16(stream)
+    return Decoded.of(colors_to_srgb(pixels, profile), alpha, pixels.shape[2] > 2)
 
 
 def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
@@ -176,22 +158,23 @@ def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
     """
     if _kind(stream) == "tiff":
         with TiffFile(stream) as tiff:
-            frames = _pillow_frames(stream) if _is_plain(tiff) else iter(list(_tiff_frames(tiff)))
+            numbers = full_pages(tiff)
+            frames = _pillow_frames(stream, numbers) if is_plain(tiff, numbers) else iter(list(tiff_frames(tiff)))
     else:
-        frames = _pillow_frames(stream) if count_frames(stream) > 1 else iter([decode(stream)])
+        count = count_frames(stream)
+        frames = _pillow_frames(stream, range(count)) if count > 1 else iter([decode(stream)])
     yield from map(_check_values, frames)
 
 
 def count_frames(stream: BinaryIO) -> int:
     """Return the number of frames that `decode_frames` yields, without decoding them."""
     kind = _kind(stream)
-    if kind in ("numpy", "png16", "netpbm16"):
-        return 1
     if kind == "tiff":
         with TiffFile(stream) as tiff:
-            if not _is_plain(tiff):
-                return sum(math.prod(each.shape[k] for k in _stacked(each.axes)) for each in tiff.series)
-    stream.seek(0)
+            numbers = full_pages(tiff)
+            return len(numbers) if is_plain(tiff, numbers) else count_tiff(tiff)
+    if kind != "other":
+        return 1
     try:
         with _open(stream) as image:
             return int(getattr(image, "n_frames", 1))
@@ -201,69 +184,18 @@ def count_frames(stream: BinaryIO) -> int:
         stream.seek(0)
 
 
-def _is_plain(tiff: TiffFile) -> bool:
-    """Return whether a TIFF has ordinary 8-bit images, which Pillow decodes as well."""
-    page = tiff.pages.first
-    alpha = _has_alpha(page)
-    colors = {0: 1, 1: 1, 2: 3}.get(int(page.photometric))  # white is zero, black is zero, RGB
-    plain = colors is None or page.samplesperpixel == colors + alpha  # others, such as CMYK, are left to Pillow
-    plain = plain and int(page.compression) not in ONLY_TIFFFILE
-    return page.bitspersample in (1, 2, 4, 8) and page.sampleformat == 1 and plain
-
-
-def _has_alpha(page: Any) -> bool:
-    return bool(page.extrasamples) and page.extrasamples[-1] in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
-
-
 def _from_tiff(stream: BinaryIO, pages: Pages) -> Decoded:
     """Decode a TIFF by Pillow if it is an ordinary 8-bit image, else by tifffile."""
     with TiffFile(stream) as tiff:
-        count = len(tiff.pages)
-        if _is_plain(tiff) and pages != "channels":
+        numbers, as_channels = full_pages(tiff), pages == "channels"
+        if is_plain(tiff, numbers) and not as_channels:
             stream.seek(0)
-            return _from_pillow(stream, pages, None)._replace(frames=count)
-        decoded = next(_tiff_frames(tiff, pages == "channels"))
-        one = pages == "channels" or "C" in tiff.series[0].axes
-    return decoded if one else decoded._replace(frames=count)
+            return _from_pillow(stream, pages, None, numbers[0])._replace(frames=len(numbers))
+        decoded = next(tiff_frames(tiff, as_channels))
+        return decoded if as_channels else decoded._replace(frames=count_tiff(tiff))
 
 
-def _nodata(page: Any) -> float:
-    """Return the value of pixels without data, or 0. That of tifffile is 0 for the lowest float, GDAL's usual one."""
-    try:
-        return float(str(page.tags["GDAL_NODATA"].value).strip("\0 "))
-    except (KeyError, ValueError):
-        return 0.0
-
-
-def _stacked(axes: str) -> list[int]:
-    """Return the positions of the axes of a TIFF that are neither pixels nor channels."""
-    return [k for k, axis in enumerate(axes) if axis not in "YXSC"]
-
-
-def _tiff_frames(tiff: TiffFile, as_channels: bool = False) -> Iterator[Decoded]:
-    """Yield the images in a TIFF, or all of its first series as the channels of one."""
-    for series in tiff.series:
-        array, axes, page = series.asarray(), series.axes, series.keyframe
-        mirrored, turns = ORIENTATIONS[int(page.tags["Orientation"].value) if "Orientation" in page.tags else 1]
-        alpha = _has_alpha(page)
-        rgb = page.photometric == PHOTOMETRIC.RGB and page.samplesperpixel == 3 + alpha
-        order = [*_stacked(axes), *(k for k, axis in enumerate(axes) if axis in "SC"), axes.index("Y"), axes.index("X")]
-        inverted = page.photometric == PHOTOMETRIC.MINISWHITE and array.dtype.kind == "u"
-        if (missing := _nodata(page)) and (array == missing).any():
-            raise ValueError(
-                f"some of its pixels have no data (GDAL_NODATA={missing:g}); fill them in, or remove the tag"
-            )
-        array = array.transpose(order)
-        frames = 1 if as_channels else math.prod(array.shape[: len(_stacked(axes))])
-        channels_used = as_channels or "C" in axes
-        for frame in array.reshape(frames, -1, *array.shape[-2:]):
-            pixels = frame.transpose(1, 2, 0)
-            pixels = np.rot90(pixels[:, ::-1] if mirrored else pixels, turns)
-            pixels = np.iinfo(pixels.dtype).max - pixels if inverted else pixels
-            yield Decoded.of(pixels, alpha and not channels_used, rgb and not channels_used)
-
-
-def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decoded:
+def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None, page: int = 0) -> Decoded:
     try:
         image = _open(stream)
     except UnidentifiedImageError as error:
@@ -271,8 +203,11 @@ def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decode
         heif = stream.read(8) in HEIF_BRANDS and "HEIF" not in Image.OPEN
         raise ValueError("HEIC needs: pip install pillow-heif" if heif else "its format is unknown") from error
     with image:
-        frames, size = getattr(image, "n_frames", 1), image.size
-        if at_least is not None and image.format == "JPEG":
+        frames = getattr(image, "n_frames", 1)
+        if page:
+            image.seek(page)
+        size = image.size
+        if at_least is not None and image.format in ("JPEG", "MPO"):  # MPO is a JPEG with others behind it
             image.draft(None, (at_least, at_least))
         if pages == "channels" and frames > 1:
             parts = [_pixels(frame)[0] for frame in ImageSequence.Iterator(image)]
@@ -283,10 +218,12 @@ def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None) -> Decode
     return decoded._replace(size=turned, frames=frames)
 
 
-def _pillow_frames(stream: BinaryIO) -> Iterator[Decoded]:
+def _pillow_frames(stream: BinaryIO, numbers: Iterable[int]) -> Iterator[Decoded]:
     stream.seek(0)
     with _open(stream) as image:
-        yield from map(from_pillow, ImageSequence.Iterator(image))
+        for k in numbers:
+            image.seek(k)
+            yield from_pillow(image)
 
 
 def from_pillow(image: Image.Image) -> Decoded:
@@ -304,7 +241,7 @@ def _pixels(image: Image.Image) -> tuple[Array, bool]:
         return array[..., None].astype(array.dtype.newbyteorder("=")), False
     alpha = "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
     gray = image.mode in ("1", "L", "LA", "La")
-    if profile and not gray:
+    if profile:
         image = _to_srgb(image, profile, alpha)
     mode = ("LA" if alpha else "L") if gray else ("RGBA" if alpha else "RGB")
     if image.mode != mode:
@@ -317,9 +254,10 @@ def _to_srgb(image: Image.Image, profile: bytes, alpha: bool) -> Image.Image:
     """Convert colors from the image's profile to sRGB; return the image unchanged if its profile is invalid."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in (ImageCms.getProfileDescription(source) or ""):
+        if is_srgb(source):
             return image
-        colors = image.convert("RGB") if image.mode not in ("RGB", "CMYK", "LAB") else image
+        mode = "L" if image.mode in ("1", "LA", "La") else "RGB"
+        colors = image.convert(mode) if image.mode not in ("L", "RGB", "CMYK", "LAB") else image
         opacity = image.convert("RGBA").getchannel("A") if alpha else None
         converted = ImageCms.profileToProfile(colors, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, struct.error):

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor
 
-from src.data.decode import Array, Decoded, Pages, decode
+from src.data.decode import decode
+from src.data.decoded import Array, Decoded, Pages
 from src.errors import counted
 
 Fit = Literal["crop", "random_crop", "pad", "stretch", "buckets"]
@@ -254,6 +255,16 @@ def check_range(value_range: Sequence[float], low: float, high: float) -> None:
         )
 
 
+def check_resolution(limits: tuple[float, float]) -> None:
+    """Raise ValueError if float32, the type of network inputs, has fewer than 256 values between the limits."""
+    low, high = limits
+    if high - low < 2**-16 * max(abs(low), abs(high)):
+        raise ValueError(
+            f"data.value_range=[{low:.10g},{high:.10g}] is too narrow for its distance from 0 in float32; subtract a "
+            "constant from the values of the files"
+        )
+
+
 def as_range(value_range: Sequence[float]) -> tuple[float, float]:
     """Return `data.value_range` as numbers. Raises ValueError unless it is two, the lower one first."""
     if len(value_range) != 2 or not value_range[0] < value_range[1]:
@@ -265,6 +276,7 @@ def find_limits(value_range: Sequence[float] | None, dtype: str, low: float, hig
     """Return the values that become -1 and 1, of data in [low, high]. Raises ValueError if they do not suit."""
     limits = infer_range(dtype, low, high) if value_range is None else as_range(value_range)
     check_range(limits, low, high)
+    check_resolution(limits)
     return limits
 
 

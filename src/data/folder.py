@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from src.data.decode import ARRAY_SUFFIXES, Pages, image_suffixes, looks_like_image
+from src.data.decode import ARRAY_SUFFIXES, image_suffixes, looks_like_image
+from src.data.decoded import Pages
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.found_images import FoundImages, join, without_linked
 from src.data.frames import describe_frames, split_frames

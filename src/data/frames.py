@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from src.data.decode import Decoded, Pages, count_frames, decode_frames
+from src.data.decode import count_frames, decode_frames
+from src.data.decoded import Decoded, Pages
 from src.data.encoded import Names
 from src.data.found_images import FoundImages
 from src.errors import counted

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from src.data.decode import Pages, image_suffixes
+from src.data.decode import image_suffixes
+from src.data.decoded import Pages
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.folder import refuse_val_root

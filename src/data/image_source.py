@@ -14,7 +14,7 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
-from src.data.decode import Array
+from src.data.decoded import Array
 from src.data.encoded import EncodedImages
 from src.data.fit import (
     ImageSpec,

@@ -18,7 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from src.data.augment import EDM_LABELS, ColorJitter, EdmAugmentation, horizontal_flip, rotate, vertical_flip
-from src.data.decode import Array, from_pillow
+from src.data.decode import from_pillow
+from src.data.decoded import Array
 from src.data.fit import ImageSpec, height_and_width, prepare_image, spatial_size
 from src.data.module import BaseDataModule, Coupling
 from src.data.read_errors import read_with_retries

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from src.data.batches import BatchDataset, BatchLoader
-from src.data.decode import Array
+from src.data.decoded import Array
 from src.data.pixel_store import check_space
 from src.data.samplers import BatchIndices
 from src.data.sources import Covariates, Labels, Source

@@ -9,7 +9,8 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 
-from src.data.decode import Decoded, Pages, decode
+from src.data.decode import decode
+from src.data.decoded import Decoded, Pages
 from src.data.encoded import Names
 from src.data.found_images import FoundImages
 from src.data.layout import compile_pattern

@@ -28,6 +28,10 @@ CONTAINERS = {".h5", ".hdf5", ".mat", ".pkl", ".pt", ".pth", ".safetensors", ".z
 """Suffixes of files that other programs keep arrays in."""
 
 
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN")
+"""First characters of hidden files and folders, and folders that macOS, Synology and Windows add."""
+
+
 class _File(NamedTuple):
     name: str
     size: int
@@ -136,7 +140,7 @@ def _reason_to_leave_out(
     name: str, accepts: Callable[[str], bool], in_val_root: Callable[[str], bool] | None
 ) -> str | None:
     """Return why a file is left out, or None if it is used; empty for hidden files that are not worth a line."""
-    if any(part.startswith((".", "__MACOSX")) for part in name.split("/")):
+    if any(part.startswith(HIDDEN) for part in name.split("/")):
         is_copy = PurePosixPath(name).name.startswith("._")  # macOS stores attributes of the file there
         return "hidden" if suffix_of(name) in image_suffixes() and not is_copy else ""
     if not accepts(name):

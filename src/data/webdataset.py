@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from src.data.archives import read_at
-from src.data.decode import Pages, image_suffixes
+from src.data.decode import image_suffixes
+from src.data.decoded import Pages
 from src.data.encoded import ImageBytes, Names
 from src.data.fit import Fit, ImageSpec, height_and_width
 from src.data.image_source import ImageSource, open_images

@@ -10,7 +10,8 @@ from PIL import Image
 
 from src.data.array_files import AUDIO_SUFFIXES, NIFTI_SUFFIXES
 from src.data.arrays import ArrayDataModule
-from src.data.decode import ARRAY_SUFFIXES, Array
+from src.data.decode import ARRAY_SUFFIXES
+from src.data.decoded import Array
 from src.data.images import ImageDataModule
 
 TIFF_SUFFIXES = {".tif", ".tiff"}

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from omegaconf import DictConfig
 
-from src.data.decode import Decoded, decode
+from src.data.decode import decode
+from src.data.decoded import Decoded
 from src.errors import format_override
 
 NUM_PROBED = 200

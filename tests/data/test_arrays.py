@@ -261,6 +261,32 @@ def test_silence_is_zero_inside(tmp_path):
     assert opened(tmp_path, image_size=[4], channels=1).source.fetch([0])[0].tolist() == [[250, -950, 0, 0]]
 
 
+def test_audio_of_several_types_is_written_in_the_most_precise(tmp_path):
+    """Float audio beyond 1 keeps silence at 0, too."""
+    soundfile = pytest.importorskip("soundfile")
+    wave = np.array([0, 0.5, -0.25, 0.125])
+    for k, kinds in enumerate((["PCM_U8", "PCM_16"], ["PCM_24", "FLOAT"])):
+        (folder := tmp_path / str(k)).mkdir()
+        for name, kind in enumerate(kinds):
+            soundfile.write(folder / f"{name}.wav", wave * (2 if kind == "FLOAT" else 1), 8000, kind)
+        data = opened(folder)
+        assert "subtype" not in data.inferred["header"]
+        assert data.preprocess(data.source.fetch([1]))[0, 0, :2].tolist() == [0, 1]
+
+
+def test_half_of_a_recording_is_unreadable(tmp_path):
+    """Its header has a longer length; one of unknown length, as of a microphone, is read."""
+    soundfile = pytest.importorskip("soundfile")
+    for k in range(3):
+        soundfile.write(tmp_path / f"{k}.wav", np.linspace(-0.5, 0.5, 100), 8000)
+    contents = (tmp_path / "1.wav").read_bytes()
+    (tmp_path / "1.wav").write_bytes(contents[:144])
+    with pytest.raises(DataReadError, match=r"1\.wav: it is truncated"):
+        opened(tmp_path)
+    (tmp_path / "1.wav").write_bytes(contents[:4] + b"\xff" * 4 + contents[8:40] + b"\xff" * 4 + contents[44:])
+    assert len(opened(tmp_path).source) == 3
+
+
 def test_changed_lengths_and_mixed_channels_are_counted(tmp_path):
     soundfile = pytest.importorskip("soundfile")
     for k, (length, channels) in enumerate([(5, 1), (7, 1), (3, 2), (5, 2), (5, 1), (9, 1)]):

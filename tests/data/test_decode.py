@@ -8,6 +8,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image, ImageCms
 from src.data import pixel_store
 from src.data.archives import open_member, tar_places
 from src.data.captions import captioned
-from src.data.decode import decode
+from src.data.decode import count_frames, decode, decode_frames
 from src.data.fit import ImageSpec, infer_range, load_image, warn_of_outliers
 from src.data.folder import folder
 from src.data.scan import find_images
@@ -36,8 +37,8 @@ def uniform(*shape: int, dtype: str = "uint8", low: int = 0, high: int = 255) ->
     return values.astype(dtype)
 
 
-def png16(pixels: np.ndarray) -> bytes:
-    """Return a PNG with 16 bits per channel, written after the PNG specification."""
+def png16(pixels: np.ndarray, **chunks: bytes) -> bytes:
+    """Return a PNG with 16 bits per channel and more `chunks`, written after the PNG specification."""
     height, width, channels = pixels.shape
     color = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -46,7 +47,12 @@ def png16(pixels: np.ndarray) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 16, color, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        [
+            *(chunk(b"IHDR", header), *(chunk(name.encode(), data) for name, data in chunks.items())),
+            *(chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")),
+        ]
+    )
 
 
 def tiff(pixels: np.ndarray, **options: object) -> bytes:
@@ -61,7 +67,26 @@ def numpy_file(pixels: np.ndarray, name: str = "npy") -> bytes:
     return file.getvalue()
 
 
-def netpbm(pixels: np.ndarray, maximum: int) -> bytes:
+def fits(values: np.ndarray, bits: int, **cards: float) -> bytes:
+    """Return a FITS file of (H, W), or of (C, H, W): big-endian, the last row first, in blocks of 2,880 bytes."""
+    axes = {f"NAXIS{k}": n for k, n in enumerate(values.shape[::-1], 1)}
+    every = {"BITPIX": bits, "NAXIS": values.ndim, **axes, **cards}
+    lines = ["SIMPLE  =                    T", *(f"{name:8}= {value:20}" for name, value in every.items()), "END"]
+    header = "".join(line.ljust(80) for line in lines).encode()
+    body = values[..., ::-1, :].astype(values.dtype.newbyteorder(">")).tobytes()
+    return b"".join(part + pad * (-len(part) % 2880) for part, pad in ((header, b" "), (body, b"\0")))
+
+
+def jpeg2000(pixels: np.ndarray, bits: int) -> bytes:
+    import imagecodecs
+
+    return imagecodecs.jpeg2k_encode(pixels, level=0, reversible=True, bitspersample=bits)
+
+
+def netpbm(pixels: np.ndarray, maximum: int, text: bool = False) -> bytes:
+    if text:
+        kind, cells = "P2" if pixels.shape[-1] == 1 else "P3", " ".join(map(str, pixels.ravel().tolist()))
+        return f"{kind}\n{pixels.shape[1]} {pixels.shape[0]}\n{maximum}\n{cells}\n".encode()
     kind = "P5" if pixels.shape[-1] == 1 else "P6"
     return (
         f"{kind}\n# made here\n{pixels.shape[1]} {pixels.shape[0]}\n{maximum}\n".encode()
@@ -84,6 +109,12 @@ FILES = {
     "twelve_bits.png": (png16(TWELVE_BITS), TWELVE_BITS, (0, 4095)),
     "twelve_bits.pgm": (netpbm(TWELVE_BITS, 4095), TWELVE_BITS, (0, 4095)),
     "rgb16.ppm": (netpbm(RGB16, 65535), RGB16, (0, 65535)),
+    "text.pgm": (netpbm(TWELVE_BITS, 4095, text=True), TWELVE_BITS, (0, 4095)),
+    "text16.ppm": (netpbm(RGB16, 65535, text=True), RGB16, (0, 65535)),
+    "signed.fits": (fits(SIGNED[..., 0], 16), SIGNED, (-1000, 3000)),
+    "unsigned.fits": (fits((GRAY16[..., 0].astype(int) - 32768).astype("int16"), 16, BZERO=32768), GRAY16, (0, 65535)),
+    "scaled.fits": (fits(SIGNED[..., 0], 16, BSCALE=0.5, BZERO=10.0), SIGNED / 2 + 10, (-490, 1510)),
+    "cube.fits": (fits(RGBN.transpose(2, 0, 1), 8), RGBN, (0, 255)),
     "gray16.tif": (tiff(GRAY16[..., 0]), GRAY16, (0, 65535)),
     "compressed.tif": (tiff(RGB16, photometric="rgb", compression="lzw"), RGB16, (0, 65535)),
     "float.tif": (tiff(FLOATS[..., 0]), FLOATS, (0, 1)),
@@ -107,6 +138,16 @@ FILES = {
     "array.npz": (numpy_file(BANDS, "npz"), BANDS, (0, 16383)),
     "mask.npy": (numpy_file(FLOATS[..., 0] > 0.5), FLOATS > 0.5, (0, 1)),
 }
+if find_spec("imagecodecs"):
+    FILES |= {
+        "twelve_bits.jp2": (jpeg2000(TWELVE_BITS[..., 0], 12), TWELVE_BITS, (0, 4095)),
+        "rgb16.jp2": (jpeg2000(RGB16, 16), RGB16, (0, 65535)),
+        "inverted12.tif": (
+            tiff(4095 - TWELVE_BITS[..., 0], photometric="miniswhite", bitspersample=12),
+            TWELVE_BITS,
+            (0, 4095),
+        ),
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -147,6 +188,57 @@ def test_pages_are_counted_or_become_channels(tmp_path):
     assert np.array_equal(fetched(tmp_path, 3, pages="channels"), pages.transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_axes_of_tiffs_are_used_or_counted(dtype):
+    """Channels are kept, and other times and depths are frames, whatever the number of bits."""
+    stack = uniform(2, 3, *SHAPE, dtype=dtype)
+    contents = io.BytesIO(tiff(stack, ome=True, metadata={"axes": "TCYX"}, photometric="minisblack"))
+    decoded = decode(contents)
+    assert decoded.frames == count_frames(contents) == 2
+    assert np.array_equal(decoded.pixels, stack[0].transpose(1, 2, 0))
+    assert np.array_equal([*decode_frames(contents)][1].pixels, stack[1].transpose(1, 2, 0))
+
+
+def test_smaller_copies_in_tiffs_are_not_images():
+    """Previews come before or behind the image; raw files of cameras have nothing else that is an ordinary image."""
+    pixels = uniform(16, 16, 3)
+    for order in ([4, 1], [1, 4]):
+        file = io.BytesIO()
+        with tifffile.TiffWriter(file) as writer:
+            for step in order:
+                writer.write(pixels[::step, ::step], photometric="rgb", subfiletype=int(step > 1), metadata=None)
+        assert np.array_equal(decode(file).pixels, pixels) and decode(file).frames == 1
+        assert [frame.pixels.shape for frame in decode_frames(file)] == [pixels.shape]
+    with pytest.raises(ValueError, match="preview"):
+        decode(io.BytesIO(tiff(pixels, photometric="rgb", subfiletype=1)))
+
+
+def test_colors_multiplied_by_opacity_are_restored():
+    """A file with `assocalpha` has color times opacity."""
+    share = np.array([0.5, 1.0])
+    colors = np.array([[[20000, 40000, 60000]] * 2])
+    stored = np.dstack([colors * share[:, None], 65535 * share[None]]).round().astype("uint16")
+    pixels = decode(io.BytesIO(tiff(stored, photometric="rgb", extrasamples=["assocalpha"]))).pixels
+    assert np.abs(pixels[..., :3].astype(int) - colors).max() <= 2
+
+
+def test_png16_is_upright_and_has_a_transparent_color():
+    """Orientation 6 of EXIF; the color of the first pixel is transparent."""
+    exif = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    pixels = decode(io.BytesIO(png16(RGB16, eXIf=exif, tRNS=RGB16[0, 0].astype(">u2").tobytes()))).pixels
+    opacity = np.where((RGB16[0, 0] == RGB16).all(-1), 0, 65535)
+    assert np.array_equal(pixels, np.rot90(np.dstack([RGB16, opacity]), -1))
+
+
+def test_damaged_png16_is_an_error():
+    """Other decoders end the process."""
+    contents = bytearray(png16(RGB16))
+    contents[len(contents) // 2] ^= 255
+    for each in (bytes(contents), bytes(contents[:100])):
+        with pytest.raises(OSError):
+            decode(io.BytesIO(each))
+
+
 def test_sizes_are_those_of_upright_images(tmp_path):
     """Orientation 6 of EXIF and TIFF: the first row of the file is the right column of the image."""
     (tmp_path / "a.tif").write_bytes(tiff(GRAY16[..., 0], extratags=[(274, "H", 1, 6, True)]))
@@ -155,9 +247,9 @@ def test_sizes_are_those_of_upright_images(tmp_path):
     assert f"; {SHAPE[0]}x{SHAPE[1]} pixels;" in source.summary
 
 
-@pytest.mark.parametrize("compression", ["jpeg2000", "lzw"])
+@pytest.mark.parametrize("compression", ["jpeg2000", "lerc", "lzw"])
 def test_compressed_tiffs_keep_their_values(compression):
-    """Pillow decodes only the second one."""
+    """Pillow decodes only the last one."""
     pixels = uniform(16, 16, 3)
     options = {"compressionargs": {"reversible": True}} if compression == "jpeg2000" else {}
     contents = tiff(pixels, photometric="rgb", compression=compression, **options)
@@ -205,6 +297,22 @@ def test_pixels_without_data_are_refused():
     assert np.array_equal(decode(io.BytesIO(tiff(FLOATS[..., 0], **zero))).pixels, FLOATS)
 
 
+def test_values_too_far_from_zero_for_float32_are_refused(tmp_path):
+    values = (uniform(*SHAPE, high=100).astype("int32") + 10**9)[None]
+    (tmp_path / "a.tif").write_bytes(tiff(values[0]))
+    with pytest.raises(ValueError, match="float32"):
+        folder(str(tmp_path), SHAPE, 1)
+
+
+def test_photos_with_a_second_image_are_decoded_at_reduced_size():
+    """Phones write such JPEGs, which Pillow calls MPO."""
+    file = io.BytesIO()
+    Image.new("RGB", (160, 120)).save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
+    decoded = decode(file, at_least=16)
+    assert decoded.pixels.shape[0] < 120
+    assert decoded.size == (160, 120) and decoded.frames == 2
+
+
 def test_background_and_opacity(tmp_path):
     """A transparent pixel takes the color of the background, or stays transparent with two or four channels."""
     pixels = uniform(*SHAPE, 4)
@@ -229,6 +337,17 @@ def test_color_profiles_become_srgb(tmp_path):
     assert np.abs(fetched(tmp_path, 3)[2, 3].astype(float) - expected).max() <= 1.5
     image.save(tmp_path / "a.png", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     assert fetched(tmp_path, 3)[2, 3].tolist() == [128, 128, 128]
+
+
+def test_profiles_of_16_bits_become_srgb():
+    pytest.importorskip("imagecodecs")
+    linear = linear_profile(struct.pack(">4sII", b"curv", 0, 0))
+    light = np.linspace(0.1, 1, 8)
+    pixels = np.repeat(np.tile(light * 65535, (4, 1))[..., None], 3, -1).round().astype("uint16")
+    expected = 65535 * (1.055 * light ** (1 / 2.4) - 0.055)
+    png = png16(pixels, iCCP=b"x\0\0" + zlib.compress(linear))
+    for contents in (png, tiff(pixels, photometric="rgb", iccprofile=linear)):
+        assert np.abs(decode(io.BytesIO(contents)).pixels[0, :, 1] - expected).max() < 20
 
 
 def linear_profile(curve: bytes) -> bytes:

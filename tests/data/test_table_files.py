@@ -177,6 +177,15 @@ def test_typed_files_keep_their_types(tmp_path):
         assert table.column("n") == ["1", "2", "3"] and table.frame.n.dtype == np.int64
 
 
+def test_integers_beside_missing_cells_of_parquet_stay_integers(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"n": pyarrow.array([2**60 + 1, None]), "x": pyarrow.array([0.5, None])})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    read = read_table(tmp_path / "a.parquet", "data.path", header=None)
+    assert read.column("n") == [str(2**60 + 1), ""] and read.frame.x.dtype == np.float64
+
+
 def test_the_index_of_a_parquet_file_is_a_column(tmp_path):
     frame().set_index("s").to_parquet(tmp_path / "a.parquet")
     assert read_table(tmp_path / "a.parquet", "data.path").names == ["s", "n", "x", "b"]

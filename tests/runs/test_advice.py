@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 
-from src.data.decode import Decoded
+from src.data.decoded import Decoded
 from src.runs.advice import expectation, file_stats, suggest, suggest_steps
 
 

@@ -1,0 +1,71 @@
+"""A decoded image, and its conversion to sRGB."""
+
+import io
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ImageCms
+
+from src.errors import optional_package
+
+Array = npt.NDArray[Any]
+Pages = Literal["first", "channels", "samples"]
+"""Which images of a file are used; `samples` is all, each as a sample of its own (`src.data.frames`)."""
+
+ORIENTATIONS = ((0, 0), (0, 0), (1, 0), (0, 2), (1, 2), (1, 1), (0, 3), (1, 3), (0, 1))
+"""What turns an array (H, W, C) upright, by the tag 1 to 8 of TIFF and EXIF: a mirrored width, then quarter turns."""
+
+
+class Decoded(NamedTuple):
+    """An image with its original values.
+
+    `pixels` has shape (H, W, C) and the type of the file. With `alpha` the last channel is opacity. `is_rgb` tells
+    whether three color channels are red, green and blue, not bands of other meaning. `size` (W, H) is that of the
+    upright image in the file, which is larger than `pixels` where a JPEG was decoded at reduced size. `frames` counts
+    the images in the file, of which `pixels` is the first.
+    """
+
+    pixels: Array
+    alpha: bool
+    is_rgb: bool
+    size: tuple[int, int]
+    frames: int = 1
+
+    @classmethod
+    def of(cls, pixels: Array, alpha: bool = False, is_rgb: bool = False) -> "Decoded":
+        """Return the only image of a file, at full size."""
+        return cls(pixels, alpha, is_rgb, (pixels.shape[1], pixels.shape[0]))
+
+
+def upright(pixels: Array, orientation: int) -> Array:
+    """Return pixels (H, W, C) upright, by the tag 1 to 8 of TIFF and EXIF."""
+    mirrored, turns = ORIENTATIONS[orientation]
+    return np.rot90(pixels[:, ::-1] if mirrored else pixels, turns)
+
+
+def is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    return "sRGB" in (ImageCms.getProfileDescription(profile) or "")
+
+
+def colors_to_srgb(pixels: Array, profile: bytes | None) -> Array:
+    """Convert the colors of RGB or RGBA (H, W, C) of 16 bits to sRGB; return other images unchanged."""
+    if profile is None or pixels.shape[-1] < 3 or pixels.dtype != np.uint16:
+        return pixels
+    try:
+        if is_srgb(ImageCms.ImageCmsProfile(io.BytesIO(profile))):
+            return pixels
+    except (ImageCms.PyCMSError, OSError):
+        return pixels
+    return np.concatenate([_to_srgb16(pixels[..., :3], profile), pixels[..., 3:]], axis=-1)
+
+
+def _to_srgb16(pixels: Array, profile: bytes) -> Array:
+    """Convert the colors of (H, W, 3) uint16 from a color profile to sRGB. Raises ValueError without imagecodecs."""
+    with optional_package("the color profile of 16-bit images", "imagecodecs"):
+        import imagecodecs
+    srgb = imagecodecs.cms_profile("srgb")
+    converted: Array = imagecodecs.cms_transform(
+        np.ascontiguousarray(pixels), profile, srgb, colorspace="rgb", outcolorspace="rgb"
+    )
+    return converted

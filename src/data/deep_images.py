@@ -1,0 +1,115 @@
+"""Decode formats whose values Pillow changes: PNG, Netpbm and JPEG 2000 with more than 8 bits, and FITS."""
+
+import math
+import re
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import numpy as np
+from PIL import Image
+
+from src.data.decoded import Array, upright
+from src.errors import optional_package
+
+NETPBM_HEADER = re.compile(rb"P([2356])\s(?:\s*#.*\n)*\s*(\d+)\s+(?:#.*\n)*(\d+)\s+(?:#.*\n)*(\d+)\s")
+"""The header of a PGM (2: text, 5: binary) or PPM (3, 6): width, height and largest value, with comments."""
+JPEG2000_MARKS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+"""The first bytes of a JPEG 2000 file, and of its codestream, which has the number of bits at byte 42."""
+
+
+class Png16(NamedTuple):
+    """An upright image (H, W, C) of uint16; `alpha` says whether the last channel is opacity."""
+
+    pixels: Array
+    alpha: bool
+    profile: bytes | None
+
+
+def decode_png16(stream: BinaryIO) -> Png16:
+    """Decode a PNG with 16 bits per channel, of which Pillow keeps the upper 8 if it has color or opacity."""
+    with Image.open(stream) as image:
+        *place, args = image.tile[0]
+        mode = str(args)
+        key, profile = image.info.get("transparency"), image.info.get("icc_profile")
+        orientation = image.getexif().get(274, 1)
+    # Gray with opacity has as many bytes as RGBA of 8 bits. Of colors, "L" (little-endian) takes the lower byte.
+    parts = []
+    for raw in {"I;16B": ["I;16B"], "LA;16B": ["RGBA"]}.get(mode, [mode, f"{mode[:-1]}L"]):
+        with Image.open(stream) as image:
+            cast("Any", image).tile = [(*place, raw)]
+            parts.append(np.asarray(image))
+    pixels = parts[0]
+    if mode != "I;16B":
+        pixels = (np.stack(parts, -1) if len(parts) == 2 else pixels).view(">u2").reshape(*pixels.shape[:2], -1)
+    pixels = pixels.reshape(*pixels.shape[:2], -1).astype(np.uint16)
+    alpha = pixels.shape[-1] in (2, 4)
+    if key is not None and not alpha:
+        opacity = np.where((pixels == np.array(key)).all(-1, keepdims=True), 0, 65535).astype(np.uint16)
+        pixels, alpha = np.concatenate([pixels, opacity], axis=-1), True
+    return Png16(upright(pixels, orientation), alpha, profile)
+
+
+def decode_netpbm(contents: bytes) -> Array:
+    """Return the values (H, W, C) of a PGM or PPM file with more than 8 bits, which Pillow rescales."""
+    header = NETPBM_HEADER.match(contents)
+    assert header is not None
+    shape = int(header[3]), int(header[2]), 1 if header[1] in b"25" else 3
+    if header[1] in b"23":
+        text = re.sub(rb"#.*", b"", contents[header.end() :])
+        return np.array(text.split(), dtype="S5").astype(np.uint16).reshape(shape)
+    values = np.frombuffer(contents, ">u2", count=math.prod(shape), offset=header.end())
+    return values.astype(np.uint16).reshape(shape)
+
+
+def bits_of_jpeg2000(contents: bytes) -> int:
+    """Return the bits per channel of a JPEG 2000 file, or 0 if it has no codestream."""
+    start = contents.find(JPEG2000_MARKS[1])
+    return (contents[start + 42] & 127) + 1 if 0 <= start < len(contents) - 42 else 0
+
+
+def decode_jpeg2000(contents: bytes) -> Array:
+    """Return the values (H, W) or (H, W, C) of a JPEG 2000 file, whose depth Pillow changes to 8 or 16 bits."""
+    with optional_package("JPEG 2000 with more than 8 bits", "imagecodecs"):
+        import imagecodecs
+    pixels: Array = imagecodecs.jpeg2k_decode(contents)
+    return pixels
+
+
+def decode_fits(contents: bytes) -> Array:
+    """Return the first image of a FITS file with its scaled values, (H, W) or (H, W, C); the first row is at the top.
+
+    Source: Pence et al. 2010, definition of the Flexible Image Transport System, version 3.0.
+    """
+    start = 0
+    while start < len(contents):
+        cards, place = dict[str, str](), start
+        while place < len(contents) and contents[place : place + 8] != b"END     ":
+            card = contents[place : place + 80].decode("latin-1")
+            if card[8:9] == "=":
+                cards[card[:8].strip()] = card[10:].partition("/")[0].strip(" '")
+            place += 80
+        first = -(-(place + 80) // 2880) * 2880
+        shape = [int(cards[f"NAXIS{k}"]) for k in range(int(cards["NAXIS"]), 0, -1)]
+        bits = int(cards["BITPIX"])
+        if len(shape) > 1 and cards.get("XTENSION", "IMAGE") == "IMAGE":
+            values = np.frombuffer(contents, f">{'i' if bits > 8 else 'u' if bits > 0 else 'f'}{abs(bits) // 8}",
+                                   math.prod(shape), first)  # fmt: skip
+            if "BLANK" in cards and (values == int(cards["BLANK"])).any():
+                raise ValueError(f"some of its pixels have no data (BLANK={cards['BLANK']}); fill them in")
+            planes = _scaled(values, cards).reshape(-1, *shape[-2:])[:, ::-1]
+            return np.moveaxis(planes, 0, -1)
+        groups = int(cards.get("GCOUNT", 1)), int(cards.get("PCOUNT", 0))
+        size = groups[0] * (groups[1] + math.prod(shape)) * abs(bits) // 8 if shape else 0
+        start = first + -(-size // 2880) * 2880
+    raise ValueError("it has no uncompressed image; save its array by numpy.save")
+
+
+def _scaled(values: Array, cards: dict[str, str]) -> Array:
+    """Return zero + scale * values; FITS stores unsigned integers as signed ones with an offset."""
+    scale, zero = (float(cards.get(name, text).replace("D", "E")) for name, text in (("BSCALE", "1"), ("BZERO", "0")))
+    size = values.dtype.itemsize
+    if scale == 1 and zero == 0:
+        return values.astype(values.dtype.newbyteorder("="))
+    if scale == 1 and values.dtype.kind == "i" and zero == 2 ** (8 * size - 1):
+        unsigned: Array = values.astype(f"i{size}").view(f"u{size}") ^ np.array(2 ** (8 * size - 1), f"u{size}")
+        return unsigned
+    return (zero + scale * values.astype(np.float64)).astype(np.float32 if size < 4 else np.float64)
