@@ -30,7 +30,8 @@ class LatentSource:
     """Latents (N, C, h, w) float32 of the images of a source, with its labels, covariates, captions and ids.
 
     `fetch` draws from the posterior of each image, always the same latents. `fetch_training` draws new ones for each
-    key, and mirrors half of the images if `flips` is true. `fetch_images` returns the values of these images.
+    key, and mirrors half of the images if `flips` is true. `fetch_images` returns the images, with the values of their
+    source, that belong to the latents of the same keys; training batches of the steps `image_steps` have them, too.
     """
 
     read: ReadLatents
