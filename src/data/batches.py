@@ -26,7 +26,8 @@ class Batch(TypedDict):
     """Samples x (B, *data); the first has position `start` among the `total` of the global batch or validation set.
 
     `cond` (B, ...) are their conditions, if the network takes any, and `augment` (B, K) the labels of their
-    augmentation, if the data module has labels. Before a batch reaches the device it may carry two
+    augmentation, if the data module has labels. `images` (B, C, H, W) are the images of latents, mirrored alike, in the
+    training steps `image_steps` of the source. Before a batch reaches the device it may carry two
     more keys: `skipped`, the errors of replaced samples by name, and `failure`, the error of a batch without samples.
     """
 
@@ -35,6 +36,7 @@ class Batch(TypedDict):
     total: int
     cond: NotRequired[Tensor]
     augment: NotRequired[Tensor]
+    images: NotRequired[Tensor]
     skipped: NotRequired[dict[str, str]]
     failure: NotRequired[str]
 
@@ -58,6 +60,9 @@ class BatchDataset(Dataset[Batch]):
             batch["x"], indices, skipped = fetch_batch(self.source, wanted, self.seed, self.replacements)
             if skipped:
                 batch["skipped"] = skipped
+            if wanted.step in getattr(self.source, "image_steps", ()):
+                source: Any = self.source
+                batch["images"] = source.fetch_images(indices, _training_keys(wanted, self.seed, len(indices)))
             if self.condition is not None:
                 batch["cond"] = self._encode(self.condition, wanted, indices)
         except DataReadError as error:
@@ -117,9 +122,13 @@ def _fetch(source: Source, indices: Sequence[int], wanted: BatchIndices, seed: i
     fetch_training = getattr(source, "fetch_training", None)
     if fetch_training is None or wanted.step == VALIDATION:
         return source.fetch(indices)
-    keys = [key(seed, "fetch", wanted.step, wanted.start + k) for k in range(len(indices))]
-    samples: Tensor = fetch_training(indices, keys)
+    samples: Tensor = fetch_training(indices, _training_keys(wanted, seed, len(indices)))
     return samples
+
+
+def _training_keys(wanted: BatchIndices, seed: int, count: int) -> list[int]:
+    """Return the random bits of the first samples of a batch, keyed by (seed, step, position)."""
+    return [key(seed, "fetch", wanted.step, wanted.start + k) for k in range(count)]
 
 
 class BatchLoader(DataLoader[Batch]):

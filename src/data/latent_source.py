@@ -30,7 +30,8 @@ class LatentSource:
     """Latents (N, C, h, w) float32 of the images of a source, with its labels, covariates, captions and ids.
 
     `fetch` draws from the posterior of each image, always the same latents. `fetch_training` draws new ones for each
-    key, and mirrors half of the images if `flips` is true.
+    key, and mirrors half of the images if `flips` is true. `fetch_images` returns the images, with the values of their
+    source, that belong to the latents of the same keys; training batches of the steps `image_steps` have them, too.
     """
 
     read: ReadLatents
@@ -43,6 +44,8 @@ class LatentSource:
     sample_stamps: Sequence[int] | None
     summary: str
     unreadable: Mapping[str, str]
+    images: Source
+    image_steps: range
 
     def __len__(self) -> int:
         return self.num_samples
@@ -54,7 +57,14 @@ class LatentSource:
         return self._draw(indices, [key("latent", int(i)) for i in indices], [0] * len(indices))
 
     def fetch_training(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
-        return self._draw(indices, keys, [k % 2 if self.flips else 0 for k in keys])
+        return self._draw(indices, keys, self._mirrored(keys))
+
+    def fetch_images(self, indices: Sequence[int], keys: Sequence[int]) -> Tensor:
+        x, mirrored = self.images.fetch(indices), torch.tensor(self._mirrored(keys), dtype=torch.bool)
+        return torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+
+    def _mirrored(self, keys: Sequence[int]) -> list[int]:
+        return [k % 2 if self.flips else 0 for k in keys]
 
     def _draw(self, indices: Sequence[int], keys: Sequence[int], mirrored: Sequence[int]) -> Tensor:
         mean, *std = self.read(indices, mirrored).float().unbind(1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.cache import digest
+from src.data.batches import Batch
 from src.data.images import ImageDataModule
 from src.data.latent_source import CachedLatents, LatentSource, write_latents
 from src.data.module import BaseDataModule
@@ -69,6 +70,7 @@ class LatentDataModule(BaseDataModule):
         device: encodes and decodes. None encodes on an accelerator if there is one, and decodes where the samples are.
         is_cached: encode all images once, into `cache_dir`; otherwise encode those that are fetched, unless the cache
             has them.
+        image_steps: the training steps whose batches have the `images` of the latents, too.
 
     Raises ValueError for images that the autoencoder does not take, and for random changes of images.
     """
@@ -86,6 +88,7 @@ class LatentDataModule(BaseDataModule):
         cache_dir: str | None = None,
         device: torch.device | None = None,
         is_cached: bool = True,
+        image_steps: range = range(0),
     ) -> None:
         check_augmentation(images, settings)
         shape = latent_shape(autoencoder, images.shape)
@@ -104,6 +107,7 @@ class LatentDataModule(BaseDataModule):
         self.cache_dir = default_cache_dir().with_name("latents") if cache_dir is None else Path(cache_dir)
         self.device = device
         self.is_cached = is_cached
+        self.image_steps = image_steps
         self.balance_classes = images.balance_classes
         self.coupling = images.coupling
         self.read_errors = images.read_errors
@@ -137,6 +141,11 @@ class LatentDataModule(BaseDataModule):
 
     def training_indices(self) -> list[int]:
         return self.images.training_indices()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if "images" in batch:
+            batch["images"] = self.images.preprocess(batch["images"])
+        return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def preprocess(self, x: Tensor) -> Tensor:
         scale, shift = self._scaling(x.device)
@@ -209,6 +218,8 @@ class LatentDataModule(BaseDataModule):
             images.stamps(),
             f"{summary}; latents of shape {shape}" if summary else "",
             getattr(images, "unreadable", {}),
+            images,
+            self.image_steps,
         )
 
     def _images_source(self) -> Source:

@@ -159,7 +159,6 @@ def instantiate_run(
 def check_sharding(run: Run) -> None:
     """Raise ValueError for settings that do not work with sharded weights."""
     from src.distributed.sharding import FullyShardedStrategy
-    from src.training.repa import AlignedModule
 
     if not isinstance(run.trainer.strategy, FullyShardedStrategy):
         return
@@ -167,8 +166,6 @@ def check_sharding(run: Run) -> None:
         raise ValueError("trainer=fsdp does not support task=autoencoder; use trainer=ddp")
     if run.module.curve_weights:
         raise ValueError("trainer=fsdp shards only the network, and schedule=learned has weights too: use trainer=ddp")
-    if isinstance(run.module, AlignedModule):
-        raise ValueError("trainer=fsdp shards only the network, and repa=default has weights too: use trainer=ddp")
     if run.config.data.get("microbatch_size") == "auto":
         raise ValueError(
             "data.microbatch_size=auto runs a step on each device separately, which sharded weights do not allow: set "

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from src.config.arguments import GRID_SETTINGS
 from src.errors import format_override, sentence
+from src.runs.latents import has_autoencoder
 from src.runs.nodes import instantiate_node, is_typed, to_plain
 
 if TYPE_CHECKING:
@@ -112,18 +113,18 @@ def aligned(make_module: "Callable[..., DiffusionModule]", cfg: DictConfig) -> "
 
     Raises ValueError for settings with which it does not work.
     """
+    from src.data.fit import height_and_width
     from src.training.module import DiffusionModule
     from src.training.repa import AlignedModule, make_encoder
 
     if make_module is not DiffusionModule:
         raise ValueError("repa=default excludes schedule=learned; choose another schedule, or leave repa out")
-    if (path := OmegaConf.select(cfg, "autoencoder.path")) is not None:
-        override = format_override("autoencoder.path", str(path))
-        raise ValueError(f"{override} trains on latents, and repa=default needs images; leave one out")
     if cfg.get("compile") and cfg.model.get("gradient_checkpointing"):  # The compiler leaves out hooks in it.
         override = format_override("compile", cfg.compile)
         raise ValueError(f"{override} excludes model.gradient_checkpointing=true with repa=default; leave one out")
     settings = to_plain(cfg.repa)
+    if has_autoencoder(cfg):
+        settings["image_shape"] = (cfg.data.channels, *height_and_width(cfg.data.image_size))
     return functools.partial(AlignedModule, encoder=make_encoder(str(settings.pop("encoder"))), **settings)
 
 

@@ -1,6 +1,7 @@
 """Build the data of a run: images, points and tables, or the latents of images by an autoencoder."""
 
 import functools
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def build_data(cfg: DictConfig, is_cached: bool = True, trust: bool = False) -> 
         cache_dir=node["cache_dir"],
         device=torch.device("cpu") if is_cached and cfg.trainer.accelerator == "cpu" else None,
         is_cached=is_cached,
+        image_steps=range(cfg.repa.stop_step or sys.maxsize) if cfg.get("repa") else range(0),
     )
 
 
@@ -132,8 +134,6 @@ def infer_latents(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     override = format_override("autoencoder", node.path)
     if is_autoencoder(cfg):
         raise ValueError(f"{override} is for diffusion models, and task=autoencoder trains one; leave one out")
-    if cfg.get("repa"):
-        raise ValueError(f"{override} trains in latents, and repa=default needs images; leave one out")
     if {"channels", "image_size"} <= cfg.data.keys() and (size is None or channels is None):  # those of the files
         channels, *size = instantiate_node(cfg.data).shape
     if size is None or channels is None or (not isinstance(size, int) and len(size) != 2):

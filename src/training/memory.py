@@ -188,6 +188,8 @@ def _step_twice(module: TrainingModule, trainer: L.Trainer, microbatch_size: int
     batch: Any = {"x": torch.zeros(microbatch_size, *trial.shape, device=device), "start": 0, "total": microbatch_size}
     if (null := getattr(trial, "null", None)) is not None:
         batch["cond"] = null.expand(microbatch_size, *null.shape[1:])
+    if (shape := getattr(trial, "image_shape", None)) is not None:
+        batch["images"] = torch.zeros(microbatch_size, *shape, device=device)
     for _ in range(2):
         with precision.train_step_context():
             loss = cast(Any, trial.training_step(batch, 0))["loss"]

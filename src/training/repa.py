@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.data.batches import Batch
+from src.distributed.sharding import shard
 from src.errors import did_you_mean, format_override
 from src.metrics.efficientnet import EfficientNet
 from src.metrics.features import DinoV2
@@ -48,6 +49,7 @@ class AlignedModule(DiffusionModule):
     The outputs of the module `layer` of the network, projected by an MLP with two hidden layers of `width`, should
     have the directions of the features of the clean images. The term is `weight` times minus their mean cosine
     similarity. `layer` None takes the block that ends the first third of a transformer, or the middle of a U-Net.
+    Samples are images, or latents of the images of shape `image_shape` in "images" of a batch.
 
     From the optimizer step `stop_step` on, the encoder and the projection are not used (None: never). Validation and
     samples do not use them either. The encoder is not part of the checkpoint. The projection is, to resume, but not
@@ -64,13 +66,14 @@ class AlignedModule(DiffusionModule):
         weight: float = 0.5,
         width: int = 512,
         stop_step: int | None = None,
+        image_shape: tuple[int, ...] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if len(self.shape) != 3 or self.shape[0] not in (1, 3):
-            raise ValueError(
-                f"repa=default needs images with 1 or 3 channels, and samples have the shape {self.shape}; leave it out"
-            )
+        self.image_shape = image_shape
+        shape = image_shape or self.shape
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            raise ValueError(f"repa=default needs images with 1 or 3 channels, not of shape {shape}; leave it out")
         self.encoder = encoder
         self.repa_weight = weight
         self.stop_step = stop_step
@@ -85,12 +88,17 @@ class AlignedModule(DiffusionModule):
             raise ValueError(
                 f"{setting} returns {hidden.shape[1]} tokens, fewer than {num_patches} patches; name a block"
             )
-        features = encoder.feature_map(torch.zeros(1, *self.shape)).shape[1]
+        features = encoder.feature_map(torch.zeros(1, *shape)).shape[1]
         sizes = [hidden.shape[1 if hidden.ndim == 4 else 2], width, width, features]
         layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.repa = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
         self.net.get_submodule(layer).register_forward_hook(self.hidden)
         self.find_weights()
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.repa, self.device_mesh["data_parallel"])
+        super().configure_model()
 
     def find_weights(self) -> None:
         super().find_weights()
@@ -115,7 +123,8 @@ class AlignedModule(DiffusionModule):
         if self.stop_step is not None and self.global_step >= self.stop_step:
             out = super().training_step(batch, batch_idx)
             # Several processes wait for the gradient of every weight.
-            idle = torch.stack([p.sum() for p in self.projection_weights]).sum()
+            first, *_ = self.projection_weights
+            idle = self.repa(torch.zeros(1, first.shape[1], device=first.device, dtype=first.dtype)).sum()
             return {**out, "loss": out["loss"] + 0 * idle}
         self.hidden.enabled = True
         try:
@@ -124,23 +133,24 @@ class AlignedModule(DiffusionModule):
             self.hidden.enabled = False
         hidden, self.hidden.output = self.hidden.output, None
         assert hidden is not None
-        distance = -self.similarity(batch["x"], hidden)
+        distance = -self.similarity(batch["images" if self.image_shape else "x"], hidden)
         loss = out["loss"] + self.repa_weight * (out["weight"] * distance).mean()
         return {**out, "loss": loss, "terms": {**out["terms"], "repa": distance.detach()}}
 
     def patch_grid(self, shape: Sequence[int]) -> list[int]:
-        """Return the number of patches along each side of images of `shape` (..., H, W), which differs in buckets."""
+        """Return the number of patches along each side of data of `shape` (..., H, W), which differs in buckets."""
         return [-(-n // getattr(self.net, "patch_size", 1)) for n in shape[-2:]]
 
-    def similarity(self, x0: Tensor, hidden: Tensor) -> Tensor:
+    def similarity(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Return the mean cosine similarity (B,) of images (B, C, H, W) in [-1, 1] and their hidden features.
 
         The features of the encoder are interpolated to the positions of the hidden ones, tokens (B, L, C) whose first
         ones are the patches, or a map (B, C, h, w).
         """
-        self.encoder.to(x0.device)
-        target = self.encoder.feature_map(((x0.float() + 1) * 127.5).clamp(0, 255)).float()
-        grid = list(hidden.shape[2:]) if hidden.ndim == 4 else self.patch_grid(x0.shape)
+        self.encoder.to(images.device)
+        target = self.encoder.feature_map(((images.float() + 1) * 127.5).clamp(0, 255)).float()
+        data_shape = self.shape if self.image_shape else images.shape
+        grid = list(hidden.shape[2:]) if hidden.ndim == 4 else self.patch_grid(data_shape)
         target = F.interpolate(target, grid, mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
         tokens = hidden.flatten(2).transpose(1, 2) if hidden.ndim == 4 else hidden[:, : target.shape[1]]
         return F.cosine_similarity(self.repa(tokens).float(), target, dim=2).mean(1)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,31 @@ def test_half_of_the_training_images_are_mirrored(tmp_path):
     with torch.no_grad():
         expected = data.autoencoder.encode(images)[0]
     assert_close(data.source.fetch_training([0, 1], [2, 3]), expected, rtol=0, atol=1e-6)
+
+
+def loaders_of(data, steps):
+    """Return the loaders of training, in `steps` steps, and of validation; their batches are as on the device."""
+    device = {"strategy": SimpleNamespace(root_device=torch.device("cpu")), "global_rank": 0, "world_size": 1}
+    counts = {"max_steps": steps, "global_step": 0, "accumulate_grad_batches": 1}
+    data.trainer = SimpleNamespace(training=True, **device, **counts)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        yield (data.on_after_batch_transfer(batch, 0) for batch in loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_have_the_images_of_their_latents(tmp_path, num_workers):
+    images = {"num_workers": num_workers}
+    data = prepared(tmp_path, autoencoder(Deterministic), flip=True, images=images, image_steps=range(3))
+    train, val = loaders_of(data, steps=4)
+    *aligned, last = train
+    assert not any("images" in batch for batch in (last, *val))
+    originals, mirrored = data.images.preprocess(data.images.source.samples), 0
+    for batch in aligned:
+        with torch.no_grad():
+            expected = data.preprocess(data.autoencoder.encode(batch["images"])[0])
+        assert_close(batch["x"], expected, rtol=0, atol=1e-5)
+        mirrored += sum(not (image == originals).flatten(1).all(1).any() for image in batch["images"])
+    assert 0 < mirrored < 12
 
 
 def test_deterministic_autoencoder_stores_no_std(tmp_path):

@@ -4,12 +4,14 @@ import csv
 import functools
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from src.data.samplers import InfiniteBatchSampler
 from src.diffusion import curves, losses, samplers
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
 from src.diffusion.noise import ContinuousSchedule
@@ -17,6 +19,7 @@ from src.diffusion.timestep_samplers import uniform
 from src.models.dit import DiT
 from src.models.unet import UNet
 from tests.conftest import TINY, compose, once, train_tiny
+from tests.data.test_latents import Deterministic, autoencoder, loaders_of, prepared
 from tests.fork_server import run_ranks
 from tests.loops import for_each
 from tests.runs.test_runs import assert_equal_bits, weights
@@ -25,9 +28,12 @@ from tests.runs.test_runs import assert_equal_bits, weights
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports() -> None:
     """Import slow modules here, not at collection."""
-    global AlignedModule, DiffusionModule, MuonAdamW, Sampler, build_module, open_run, warmup
+    global AlignedModule, DiffusionModule, MuonAdamW, Precision, Sampler, build_module, fits_in_memory, open_run, warmup
+    from lightning.pytorch.plugins.precision import Precision
+
     from src.runs.components import build_module
     from src.runs.open import open_run
+    from src.training.memory import fits_in_memory
     from src.training.module import DiffusionModule
     from src.training.muon import MuonAdamW
     from src.training.optim import warmup
@@ -50,9 +56,9 @@ class Corners:
         pass
 
 
-def dit(**settings) -> DiT:
+def dit(channels: int = 1, **settings) -> DiT:
     torch.manual_seed(0)
-    return DiT(1, 4, 2, hidden_size=8, depth=3, num_heads=2, registers=1, **settings)
+    return DiT(channels, 4, 2, hidden_size=8, depth=3, num_heads=2, registers=1, **settings)
 
 
 def unet(**settings) -> UNet:
@@ -60,7 +66,7 @@ def unet(**settings) -> UNet:
     return UNet(1, 4, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), **settings)
 
 
-def module_of(net: nn.Module, cls: type | None = None, **settings):
+def module_of(net: nn.Module, cls: type | None = None, shape: tuple = (1, 4, 4), **settings):
     torch.manual_seed(1)
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -71,7 +77,7 @@ def module_of(net: nn.Module, cls: type | None = None, **settings):
         functools.partial(losses.simple, weighting=losses.uniform_weighting),
         uniform,
         Sampler(samplers.heun, 2, "trailing"),
-        shape=(1, 4, 4),
+        shape=shape,
         optimizer=functools.partial(torch.optim.SGD, lr=0.1),
         lr_scheduler=functools.partial(warmup, warmup_steps=0),
         **settings,
@@ -116,6 +122,37 @@ def test_tokens_of_another_bucket_align_like_a_feature_map():
     registers = torch.randn(2, 5, 8)
     tokens = torch.cat([feature_map.flatten(2).transpose(1, 2), registers], dim=1)
     assert_close(module.similarity(x0, tokens), module.similarity(x0, feature_map))
+
+
+def test_term_of_latents_takes_their_images(tmp_path):
+    """Of shuffled images, half of them mirrored: the features are those of the image that the latent encodes."""
+    data = prepared(tmp_path, autoencoder(Deterministic), flip=True, image_steps=range(2))
+    module = module_of(dit(2), shape=(2, 4, 4), encoder=Corners(), width=16, image_shape=(1, 8, 8))
+    kept = []
+    module.net.blocks[0].register_forward_hook(lambda *arguments: kept.append(arguments[2]))
+    train, _ = loaders_of(data, steps=2)
+    sampler = InfiniteBatchSampler(data.train_indices, 4, 2, seed=0)
+    for step, batch in enumerate(train):
+        out = module.training_step(batch, 0)
+        for k, index in enumerate(sampler.batch(step)):
+            image = data.images.source.samples[index].float() / 16 * 2 - 1
+            views = torch.stack([image, image.flip(-1)])
+            with torch.no_grad():
+                latents = data.preprocess(data.autoencoder.encode(views)[0])
+            mirrored = (latents - batch["x"][k]).square().sum((1, 2, 3)).argmin()
+            pixels = (views[mirrored, 0] + 1) * 127.5
+            quarters = torch.stack([pixels[r : r + 4, c : c + 4].mean() for r in (0, 4) for c in (0, 4)])
+            target = torch.stack([quarters, 255 - quarters], 1)  # of 2 x 2 patches
+            projected = module.repa(kept[step][k, :4])
+            cosine = (projected * target).sum(1) / projected.norm(dim=1) / target.norm(dim=1)
+            assert out["terms"]["repa"][k].item() == pytest.approx(-cosine.mean().item(), abs=1e-5)
+
+
+def test_trial_of_memory_has_images():
+    module = module_of(dit(2), shape=(2, 4, 4), encoder=Corners(), width=16, image_shape=(1, 8, 8))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(strategy=strategy, precision_plugin=Precision(), callbacks=[], world_size=1)
+    assert fits_in_memory(module, trainer, 2)
 
 
 def test_gradient_reaches_the_blocks_up_to_the_layer():
@@ -220,9 +257,11 @@ def test_resumed_run_has_equal_bits(aligned, tmp_path):
     assert_equal_bits(weights(tmp_path / "run"), weights(aligned))
 
 
-def test_two_processes_equal_one(aligned, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.faults)])
+def test_two_processes_equal_one(aligned, tmp_path, strategy):
     """With alignment, and noise assigned over both processes in training and validation."""
-    words = once(*TINY, *SETTINGS, "trainer.devices=2", "trainer.max_steps=6", "validate_every=3")
+    devices = [f"trainer={strategy}", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.devices=2"]
+    words = once(*TINY, *SETTINGS, *devices, "trainer.max_steps=6", "validate_every=3")
     for done in run_ranks(2, "-m", "src.train", *words, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     ours, theirs = weights(tmp_path / "run"), weights(aligned)
@@ -245,7 +284,7 @@ def test_two_processes_equal_one(aligned, tmp_path):
             "compile=true",
             "gradient_checkpointing",
         ),
-        "latents": ("+autoencoder.path=folder", (1, 8, 8), "autoencoder.path=folder", "repa=default"),
+        "latents": ("+autoencoder.path=folder data.channels=4", (2, 4, 4), "repa=default", "1 or 3 channels"),
     },
 )
 def test_refuses_what_has_no_features(override, shape, setting, named):
