@@ -150,8 +150,9 @@ def measure_step(overrides: Sequence[str], run_dir: str, count: int) -> tuple[fl
         warnings.filterwarnings("ignore", r"trainer\.limit_val_batches=0 ")  # set here, not by the user
         run = build(cfg)
     if count == 0:
+        module: Any = run.module.eval()
         with torch.no_grad():
-            run.module.eval().denoise(torch.zeros(1, *run.module.shape), run.module.schedule.row(0))
+            module.denoise(torch.zeros(1, *module.shape), module.schedule.row(0))
         return 0.0, 0
     load_data(run)
     times: list[float] = []
