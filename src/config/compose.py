@@ -51,11 +51,16 @@ def compose(
             message = _missing_plugin(*match.groups())
         elif match := re.match(r"Error merging override (.*)", message):
             message = f"{match[1]} has an invalid value ({first_line(error.__cause__ or error)}); correct it"
+        elif match := re.match(r"Could not delete '(\w+)=.*No match|Could not delete from.* of '(\S+)' is", message):
+            message = f"{message.rstrip('.')}; type ~{match[1] or match[2]}"
         elif match := re.search(r"Multiple values for (\S+)\. To override", message):
             line = next((each for each in overrides if _key(each) == match[1]), match[1])
             message = f"{line} chooses a second {match[1]}; type {shell_word(line.lstrip('+'))} without the +"
         elif match := re.match(r"Could not (?:override|delete from config\.) '([^']+)'(.*)", message):
             line = next((each for each in overrides if _key(each) == match[1]), match[1])
+            if (group := match[1].partition("@")[0]) in groups and group != match[1]:
+                other = line.partition("=")[2]
+                raise UsageError(f"{line}: no {group} is there; type {group}={other}, or +{line} to add one") from error
             if match[1] in groups:  # a group of another command, chosen before `names` are known
                 names = names or setting_names(hydra.compose(command))
             hint = key_hint(match[1], line.partition("=")[2] or "VALUE", names, groups)

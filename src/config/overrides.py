@@ -233,7 +233,10 @@ def _check_sweep(command: _Command, override: Override, read: Sequence[Override]
         is_text = isinstance(default, str | None) and name not in {*command.groups, *CHOICES}
         as_text = f", or type {format_override(name, value)} if it is one value" if is_text else ""
         is_list = isinstance(default, list | ListConfig) or not {name, f"{command.name}.{name}"}.isdisjoint(LISTS)
-        if override.is_choice_sweep() and is_list:
+        of_lists = override.is_choice_sweep() and all(isinstance(each, list) for each in _values(override))
+        if name in MERGED_GROUPS and override.is_choice_sweep():
+            as_text = f", or type {shell_word(f'{name}=[{value}]')} to merge them"
+        if override.is_choice_sweep() and is_list and not of_lists:
             raise UsageError(f"{override.input_line} is a sweep; for a list type {shell_word(f'{name}=[{value}]')}")
         raise UsageError(f"{override.input_line} is a sweep; add -m to run one job per value{as_text}")
 

@@ -133,6 +133,6 @@ def unknown_option(group: str, option: str, options: Sequence[str]) -> str:
         (f"{other}={option}" for other, names in config_groups().items() if option in names and other != group), None
     )
     hint = f"; type {new}. The" if new else "; the"
-    if not new and (close := near_matches(option.lower().replace("-", "_"), options)):
+    if not new and (close := near_matches(Path(option).stem.lower().replace("-", "_"), options)):
         hint = f"; did you mean {close[0]}? The"
     return f"unknown {group} '{option}'{hint} choices are {', '.join(options)}"

@@ -165,7 +165,7 @@ def parse_words(config_name: str, words: Sequence[str], groups: dict[str, list[s
     read = []
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if not equals and not word.startswith("~"):
+        if not name.strip() or (not equals and not word.startswith("~")):
             raise UsageError(f"{word!r} is not an override; {_bare_word(config_name, words, i, groups)}")
         try:
             read.append(parsed(word))
@@ -183,6 +183,8 @@ def parse_words(config_name: str, words: Sequence[str], groups: dict[str, list[s
 
 def _other_form(name: str, value: str, following: Sequence[str]) -> str | None:
     """Return the hint for a tuple, a trailing comma, or a list that a shell has split at its spaces."""
+    if re.fullmatch(r"[\w./@]+ +", name):
+        return f"no spaces around =: type {shell_word(f'{name.strip()}={value.strip()}')}"
     if match := re.fullmatch(r"\((.*?),?\)", value):
         return f"a list has brackets: type {shell_word(f'{name}=[{match[1]}]')}"
     if re.fullmatch(r"[^\[{(]*[^\[{(,],+|\[.*[^\[,],+\]", value):
@@ -204,6 +206,8 @@ def _bare_word(config_name: str, words: Sequence[str], index: int, groups: dict[
         joined = word + "".join(after if after[0] == "=" else after[:1])
     if joined:
         return f"overrides look like key=value, without spaces: type {shell_word(joined)}"
+    if match := re.fullmatch(r"([\w.]+): *([^/].*)", word):
+        return f"overrides have = instead of a colon: type {shell_word(f'{match[1]}={match[2]}')}"
     if word.endswith(".yaml"):
         parts = Path(word).with_suffix("").parts
         choices = [("/".join(parts[i:-1]), parts[-1]) for i in range(len(parts) - 1)]
