@@ -8,10 +8,8 @@ from typing import Any
 
 import omegaconf.base
 import yaml
-from hydra._internal import config_loader_impl
-from hydra._internal.defaults_list import DefaultsList, Overrides
+from hydra._internal import config_loader_impl, config_repository, defaults_list
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
 
 from src.config.search_path import CONF
 
@@ -43,32 +41,44 @@ def speed_up() -> None:
 
 def _compose_once() -> None:
     """Reuse what Hydra makes of the same files of conf/ before it overrides values: four fifths of its time."""
-    create = config_loader_impl.create_defaults_list
-    loader = config_loader_impl.ConfigLoaderImpl
-    compose = loader._compose_config_from_defaults_list
-    lists: dict[tuple[Any, ...], DefaultsList] = {}
+    create, make_map = config_loader_impl.create_defaults_list, defaults_list._create_interpolation_map
+    loader, files = config_loader_impl.ConfigLoaderImpl, config_repository.ConfigRepository
+    compose, load = loader._compose_config_from_defaults_list, files.load_config
+    lists: dict[tuple[Any, ...], defaults_list.DefaultsList] = {}
     composed: dict[tuple[Any, ...], bytes] = {}
+    loaded: dict[tuple[Any, ...], bytes] = {}
 
     def sources(repo: Any) -> tuple[str, ...] | None:
         """Return the folders of `repo`, or None if files may change, as those in folders of users do."""
         ours = all(each.scheme() != "file" or each.path == str(CONF) for each in repo.get_sources())
         return tuple(each.path for each in repo.get_sources()) if ours else None
 
-    def create_once(repo: Any, config_name: str, overrides_list: list[Any], **further: bool) -> DefaultsList:
-        typed = Overrides(repo, overrides_list)
+    def load_once(self: Any, config_path: str) -> Any:
+        key = sources(self), config_path
+        if key[0] is None or key not in loaded:
+            loaded[key] = pickle.dumps(load(self, config_path))
+        return pickle.loads(loaded[key])
+
+    def create_once(repo: Any, config_name: str, overrides_list: list[Any], **further: bool) -> Any:
+        typed = defaults_list.Overrides(repo, overrides_list)
         choices = (each.input_line for each in overrides_list if each not in typed.config_overrides)
         key = sources(repo), config_name, *choices, *further.items()
         if key[0] is None or key not in lists:
             lists[key] = create(repo, config_name, overrides_list, **further)
         return replace(lists[key], config_overrides=typed.config_overrides)
 
-    def compose_once(self: Any, defaults: list[Any], repo: Any) -> DictConfig:
+    def compose_once(self: Any, defaults: list[Any], repo: Any) -> Any:
         key = sources(repo), *map(astuple, defaults)
         if key[0] is None or key not in composed:
             composed[key] = pickle.dumps(compose(self, defaults, repo))
-        copy: DictConfig = pickle.loads(composed[key])
-        return copy
+        return pickle.loads(composed[key])
 
+    def make_map_if_used(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+        used = any(each.is_interpolation() for each in defaults)
+        return make_map(overrides, defaults, self_added) if used else None
+
+    files.load_config = load_once
     config_loader_impl.create_defaults_list = create_once
     loader._compose_config_from_defaults_list = compose_once
+    defaults_list._create_interpolation_map = make_map_if_used
     ConfigStore.__deepcopy__ = lambda self, memo: self  # copied for each composition, changed by none
