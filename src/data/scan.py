@@ -55,17 +55,7 @@ def find_images(
     folder, and ValueError without images.
     """
     left_out: dict[str, list[str]] = {}
-    if root.is_dir():
-        files = list(_walk(root, left_out))
-    elif is_archive(root):
-        time = root.stat().st_mtime_ns
-        files = [_File(name, size, time) for name, size in member_sizes(root).items()]
-        if replaced := replaced_members(root):
-            left_out["replaced by later files of the same names in the archive"] = list(replaced)
-    elif root.suffix.lower() in (".zip", ".tar", ".tgz", ".gz"):
-        raise ValueError(f"{root} is damaged or incomplete: it cannot be read as an archive")
-    else:
-        raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
+    files = _list_files(root, left_out)
     if accepts is None:
         accepts = _image_test(root)
     in_val_root = lies_in(root, val_root) if val_root is not None and root.is_dir() else None
@@ -100,6 +90,20 @@ def find_images(
         np.array([split == "validation" for split in splits]) if "validation" in splits else None,
         left_out,
     )
+
+
+def _list_files(root: Path, left_out: dict[str, list[str]]) -> list[_File]:
+    """Return the files under a folder or in an archive. Raises as `find_images` does."""
+    if root.is_dir():
+        return list(_walk(root, left_out))
+    if is_archive(root):
+        time, sizes = root.stat().st_mtime_ns, member_sizes(root)
+        if replaced := replaced_members(root):
+            left_out["replaced by later files of the same names in the archive"] = list(replaced)
+        return [_File(name, size, time) for name, size in sizes.items()]
+    if root.suffix.lower() in (".zip", ".tar", ".tgz", ".gz"):
+        raise ValueError(f"{root} is damaged or incomplete: it cannot be read as an archive")
+    raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
 
 
 def find_in(

@@ -364,7 +364,8 @@ def test_volumes_are_turned_to_one_orientation(tmp_path):
             volume = nibabel.Nifti1Image(files[k][0] + np.float32(j), files[k][1])
             volume.to_filename(tmp_path / name / f"{j}.nii")
     with_val = opened(tmp_path / "train", val_root=str(tmp_path / "val"))
-    others = opened(tmp_path / "more", header=with_val.header)  # as in a run on other files than those it started with
+    stored_settings = {"channels": 1, "image_size": [3, 4, 5], "header": with_val.header}
+    others = opened(tmp_path / "more", **stored_settings)  # a run opens other files than those it started with
     for source, count in ((with_val.source, 4), (others.source, 2)):
         assert "2 turned" in source.summary
         for k in range(count):
