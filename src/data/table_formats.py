@@ -23,7 +23,7 @@ def read_parquet(path: Path, data: bytes) -> "pd.DataFrame":
         from pyarrow import parquet
 
         # Integers beside missing cells would be floats otherwise.
-        frame = parquet.read_table(io.BytesIO(data)).to_pandas(integer_object_nulls=True)
+        frame: pd.DataFrame = parquet.read_table(io.BytesIO(data)).to_pandas(integer_object_nulls=True)
     if isinstance(frame.index, pd.RangeIndex):
         return frame.reset_index(drop=True)
     frame.index.names = [name or f"Unnamed: {k}" for k, name in enumerate(frame.index.names)]

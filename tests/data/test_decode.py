@@ -192,11 +192,11 @@ def test_pages_are_counted_or_become_channels(tmp_path):
 def test_axes_of_tiffs_are_used_or_counted(dtype):
     """Channels are kept, and other times and depths are frames, whatever the number of bits."""
     stack = uniform(2, 3, *SHAPE, dtype=dtype)
-    contents = io.BytesIO(tiff(stack, ome=True, metadata={"axes": "TCYX"}, photometric="minisblack"))
-    decoded = decode(contents)
-    assert decoded.frames == count_frames(contents) == 2
+    contents = tiff(stack, ome=True, metadata={"axes": "TCYX"}, photometric="minisblack")
+    decoded = decode(io.BytesIO(contents))
+    assert decoded.frames == count_frames(io.BytesIO(contents)) == 2
     assert np.array_equal(decoded.pixels, stack[0].transpose(1, 2, 0))
-    assert np.array_equal([*decode_frames(contents)][1].pixels, stack[1].transpose(1, 2, 0))
+    assert np.array_equal([*decode_frames(io.BytesIO(contents))][1].pixels, stack[1].transpose(1, 2, 0))
 
 
 def test_smaller_copies_in_tiffs_are_not_images():
@@ -207,8 +207,9 @@ def test_smaller_copies_in_tiffs_are_not_images():
         with tifffile.TiffWriter(file) as writer:
             for step in order:
                 writer.write(pixels[::step, ::step], photometric="rgb", subfiletype=int(step > 1), metadata=None)
-        assert np.array_equal(decode(file).pixels, pixels) and decode(file).frames == 1
-        assert [frame.pixels.shape for frame in decode_frames(file)] == [pixels.shape]
+        decoded = decode(io.BytesIO(file.getvalue()))
+        assert np.array_equal(decoded.pixels, pixels) and decoded.frames == 1
+        assert [frame.pixels.shape for frame in decode_frames(io.BytesIO(file.getvalue()))] == [pixels.shape]
     with pytest.raises(ValueError, match="preview"):
         decode(io.BytesIO(tiff(pixels, photometric="rgb", subfiletype=1)))
 
@@ -308,7 +309,7 @@ def test_photos_with_a_second_image_are_decoded_at_reduced_size():
     """Phones write such JPEGs, which Pillow calls MPO."""
     file = io.BytesIO()
     Image.new("RGB", (160, 120)).save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
-    decoded = decode(file, at_least=16)
+    decoded = decode(io.BytesIO(file.getvalue()), at_least=16)
     assert decoded.pixels.shape[0] < 120
     assert decoded.size == (160, 120) and decoded.frames == 2
 
