@@ -170,16 +170,18 @@ def case(table="cosine", prediction="x0", variance="fixed_small", sampler="ances
 
 
 def matrix() -> dict[str, Case]:
+    """Return cases of each table with each sampler, and in turn each prediction, so that every pair of these occurs."""
     cases = {}
-    for table, prediction, sampler in itertools.product(TABLES, ("eps", "x0", "v"), SAMPLERS):
+    kinds = [("ancestral", "fixed_large"), *((sampler, "fixed_small") for sampler in SAMPLERS)]
+    for (i, table), (j, (sampler, variance)) in itertools.product(enumerate(TABLES), enumerate(kinds)):
+        prediction = ("eps", "x0", "v")[(i + j) % 3]
         ratio = NoiseSchedule(TABLES[table]).row(T - 1).ratio
         if sampler in ("euler", "heun") and ratio > MAX_STORED_RATIO:
             continue  # refused
         if (prediction, sampler) == ("eps", "euler") and ratio > 100:
             continue  # without a bound on x_0, the samples of an untrained network exceed [-1, 1]
         clip = None if sampler == "euler" else 1.0
-        for variance in ("fixed_small", "fixed_large") if sampler == "ancestral" else ("fixed_small",):
-            cases[f"{table} {prediction} {variance} {sampler}"] = case(table, prediction, variance, sampler, clip)
+        cases[f"{table} {prediction} {variance} {sampler}"] = case(table, prediction, variance, sampler, clip)
     return cases
 
 
@@ -273,13 +275,19 @@ def others() -> dict[str, Case]:
 
 
 def export_default(root: Path) -> tuple[torch.Tensor, str]:
-    """Export a run of src.train with default settings; return its samples, and the lines that the command prints."""
+    """Export a run of src.train with default settings and few steps; return its samples, and the printed lines."""
     from src.export import export
     from src.runs.open import open_run
     from src.train import train
 
     few = ["trainer.max_steps=1", "validate_every=1", "trainer.accelerator=cpu", "callbacks.progress=null"]
-    few += ["callbacks.samples=null", "callbacks.bits_per_dim=null", "callbacks.loss_by_noise=null", "neighbors=null"]
+    few += [
+        "sampler.steps=10",
+        "callbacks.samples=null",
+        "callbacks.bits_per_dim=null",
+        "callbacks.loss_by_noise=null",
+        "neighbors=null",
+    ]
     train(compose("train", f"run_dir='{root / 'run'}'", *few))
     folder = root / "default"
     with redirect_stdout(io.StringIO()) as printed:
