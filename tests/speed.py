@@ -48,10 +48,11 @@ def _compose_once() -> None:
     composed: dict[tuple[Any, ...], bytes] = {}
     loaded: dict[tuple[Any, ...], bytes] = {}
 
-    def sources(repo: Any) -> tuple[str, ...] | None:
-        """Return the folders of `repo`, or None if files may change, as those in folders of users do."""
+    def sources(repo: Any) -> tuple[Any, ...] | None:
+        """Return the folders of `repo` and the number of plugins, or None if files may change, as those of users do."""
         ours = all(each.scheme() != "file" or each.path == str(CONF) for each in repo.get_sources())
-        return tuple(each.path for each in repo.get_sources()) if ours else None
+        plugins = (len(ConfigStore.instance().repo["hydra"].get(group, ())) for group in ("launcher", "sweeper"))
+        return (*(each.path for each in repo.get_sources()), *plugins) if ours else None
 
     def load_once(self: Any, config_path: str) -> Any:
         key = sources(self), config_path

@@ -79,9 +79,6 @@ def hub(
         _opened(root, partial(_first_rows, splits[name], f"{key} {name}", columns, max_samples, cache_dir))
         for name in chosen
     ]
-    if empty := [name for name, part in zip(chosen, parts, strict=True) if not len(part)]:
-        setting = format_override("data.name", root)
-        raise ValueError(f"{setting} has no rows in {empty[0]}; set data.source.split, or val_split, to another split")
     labels, about_labels = _labels(parts, columns, label_column)
     captions, about_captions = _captions(parts, columns, caption_column)
     found = _images(root, parts, chosen, columns)

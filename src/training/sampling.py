@@ -16,7 +16,6 @@ from src.diffusion.likelihood import Predict
 from src.diffusion.noise import (
     DefaultSpacing,
     NoiseLevel,
-    NoiseSchedule,
     Schedule,
     Spacing,
     TimeGrid,
@@ -188,18 +187,7 @@ class SamplingModule(L.LightningModule):
             yield trainer.strategy.all_gather(x).view(-1, *self.shape)[:count]
 
     def check_sampler(self, sampler: Sampler) -> None:
-        """Take one step on zeros. Raises ValueError for settings that the sampler or this model does not support.
-
-        More steps than rows of a table need levels between the rows: a sampler of the reverse process or of a
-        subsequence of it has none (Song et al. 2021, sec. 4.2), unlike one on a grid of noise levels.
-        """
-        spacing = sampler.spacing.on(self.schedule) if isinstance(sampler.spacing, DefaultSpacing) else sampler.spacing
-        is_table, rows = isinstance(self.schedule, NoiseSchedule), self.schedule.num_steps
-        if is_table and spacing not in ("karras", "log_snr") and sampler.steps > rows:
-            raise ValueError(
-                f"sampler.steps={sampler.steps} must be at most the {rows} steps of the schedule for "
-                f"sampler.spacing={spacing}; sampler.spacing=karras also takes noise levels between them"
-            )
+        """Take one step on zeros. Raises ValueError for settings that the sampler or this model does not support."""
         next(self._dry_run(sampler, []))
         if self.deterministic:
             for _ in self._dry_run(sampler, [], refuse_noise):

@@ -281,7 +281,7 @@ def test_metrics_are_rounded_to_their_std(summary, shown):
     ("arguments", "expected"),
     [
         (["outputs/a", "n=10", "b c/d"], ["n=10", "runs=['outputs/a','b c/d']"]),
-        (["it's/x"], [r"runs=['it\'s/x']"]),
+        (["it's/x"], [r"""runs=["it's/x"]"""]),
         (["a/lr=1/0"], ["runs=['a/lr=1/0']"]),
         (["--cfg", "job", "x"], ["--cfg", "job", "runs=['x']"]),
         (["runs=[x]"], ["runs=[x]"]),

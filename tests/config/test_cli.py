@@ -464,9 +464,8 @@ def test_resume_auto_uses_the_typed_folder(tmp_path):
     """It starts a new run if the folder holds no checkpoint."""
     new, old = tmp_path / "new", started(tmp_path / "it's old", "seed=1")
     assert expand_resume(["resume=auto", f"hydra.run.dir={new}"]) == [f"hydra.run.dir={new}"]
-    quoted = str(old).replace("'", "\\'")
     expanded = expand_resume(["resume=auto", "trainer.max_steps=9", f"hydra.run.dir={old}"])
-    assert expanded == ["seed=1", "trainer.max_steps=9", f"resume='{quoted}'", f"hydra.run.dir='{quoted}'"]
+    assert expanded == ["seed=1", "trainer.max_steps=9", f'resume="{old}"', f'hydra.run.dir="{old}"']
 
 
 def test_refused_commands_leave_no_folder(tmp_path):

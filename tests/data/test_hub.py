@@ -253,8 +253,9 @@ def test_a_dataset_that_cannot_be_opened_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^data\.name=nobody/nothing cannot be opened .*data\.name") as error:
         hub("nobody/nothing", SHAPE, 3, cache_dir=str(tmp_path))
     assert "\n" not in str(error.value)
-    dataset(pictures(1)).select([]).save_to_disk(tmp_path / "no rows")
-    assert "data.source.split" in refusal(tmp_path / "no rows")
+    (tmp_path / "no rows").mkdir()
+    dataset(pictures(1)).select([]).to_parquet(tmp_path / "no rows/train.parquet")
+    assert "data.name=" in refusal(tmp_path / "no rows")
     (tmp_path / "empty").mkdir()
     assert "data.name=" in refusal(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"data\.name=null"):

@@ -420,7 +420,7 @@ def test_folders_of_masks_with_other_names_are_reported(tmp_path):
 def test_masks_may_be_channels(tmp_path):
     for k in range(3):
         save_photo(tmp_path / "images" / f"{k}.png", k)
-        save(tmp_path / "masks" / f"{k}.png", pixels(k, high=1))
+        save(tmp_path / "masks" / f"{k}.png", pixels(k))
     source = folder(str(tmp_path), SHAPE, 4, channel_pattern="(images|masks)/", cache=False)
     assert len(source) == 3 and source.fetch([1])[0, 3].equal(
         folder(str(tmp_path / "masks"), SHAPE, 1).fetch([1])[0, 0]

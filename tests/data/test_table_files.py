@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 import zipfile
 from pathlib import Path
 
@@ -224,7 +225,10 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
     def fail(*args: object, **kwargs: object) -> None:
         raise ImportError(f"Missing optional dependency '{package}'")
 
-    monkeypatch.setattr(pd, "ExcelFile" if name == "a.xlsx" else "read_parquet", fail)
+    if name == "a.xlsx":
+        monkeypatch.setattr(pd, "ExcelFile", fail)
+    else:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)  # which an import refuses
     with pytest.raises(ValueError, match=f"pip install {package}"):
         read_table(tmp_path / name, "data.path")
 

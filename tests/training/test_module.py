@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from src.diffusion import curves, losses, samplers
 from src.diffusion.gaussian_diffusion import GaussianDiffusion
-from src.diffusion.noise import ContinuousSchedule, NoiseLevel, NoiseSchedule, Transition, make_time_grid
+from src.diffusion.noise import ContinuousSchedule, NoiseLevel, Transition, make_time_grid
 from src.diffusion.timestep_samplers import stratified, uniform
 
 
@@ -56,19 +56,6 @@ def learned_module(timestep_sampler=uniform) -> LearnedScheduleModule:
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.5),
         lr_scheduler=functools.partial(warmup, warmup_steps=0),
     )
-
-
-def test_more_steps_than_rows_need_a_grid_of_noise_levels():
-    """A table has `num_steps` levels at equal strides; a continuous schedule has one for any stride."""
-    module = learned_module()
-    module.check_sampler(Sampler(samplers.ancestral, 5_000, "trailing"))
-    module.schedule = NoiseSchedule(torch.full((50,), 0.1))
-    for spacing in ("karras", "log_snr"):
-        module.check_sampler(Sampler(samplers.heun, 60, spacing))
-    for fn, spacing in ((samplers.ancestral, "trailing"), (samplers.ddim, "leading"), (samplers.heun, "linspace")):
-        module.check_sampler(Sampler(fn, 50, spacing))
-        with pytest.raises(ValueError, match=r"sampler\.steps=51"):
-            module.check_sampler(Sampler(fn, 51, spacing))
 
 
 def batch(step: int, size: int = 64) -> dict[str, Tensor | int]:
