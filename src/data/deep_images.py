@@ -1,5 +1,6 @@
 """Decode formats whose values Pillow changes: PNG, Netpbm and JPEG 2000 with more than 8 bits, and FITS."""
 
+import io
 import math
 import re
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -75,41 +76,16 @@ def decode_jpeg2000(contents: bytes) -> Array:
 
 
 def decode_fits(contents: bytes) -> Array:
-    """Return the first image of a FITS file with its scaled values, (H, W) or (H, W, C); the first row is at the top.
+    """Return the first image of a FITS file with its scaled values, (H, W, C); the first row is at the top.
 
-    Source: Pence et al. 2010, definition of the Flexible Image Transport System, version 3.0.
+    Pixels without data become NaN.
     """
-    start = 0
-    while start < len(contents):
-        cards, place = dict[str, str](), start
-        while place < len(contents) and contents[place : place + 8] != b"END     ":
-            card = contents[place : place + 80].decode("latin-1")
-            if card[8:9] == "=":
-                cards[card[:8].strip()] = card[10:].partition("/")[0].strip(" '")
-            place += 80
-        first = -(-(place + 80) // 2880) * 2880
-        shape = [int(cards[f"NAXIS{k}"]) for k in range(int(cards["NAXIS"]), 0, -1)]
-        bits = int(cards["BITPIX"])
-        if len(shape) > 1 and cards.get("XTENSION", "IMAGE") == "IMAGE":
-            values = np.frombuffer(contents, f">{'i' if bits > 8 else 'u' if bits > 0 else 'f'}{abs(bits) // 8}",
-                                   math.prod(shape), first)  # fmt: skip
-            if "BLANK" in cards and (values == int(cards["BLANK"])).any():
-                raise ValueError(f"some of its pixels have no data (BLANK={cards['BLANK']}); fill them in")
-            planes = _scaled(values, cards).reshape(-1, *shape[-2:])[:, ::-1]
-            return np.moveaxis(planes, 0, -1)
-        groups = int(cards.get("GCOUNT", 1)), int(cards.get("PCOUNT", 0))
-        size = groups[0] * (groups[1] + math.prod(shape)) * abs(bits) // 8 if shape else 0
-        start = first + -(-size // 2880) * 2880
-    raise ValueError("it has no uncompressed image; save its array by numpy.save")
-
-
-def _scaled(values: Array, cards: dict[str, str]) -> Array:
-    """Return zero + scale * values; FITS stores unsigned integers as signed ones with an offset."""
-    scale, zero = (float(cards.get(name, text).replace("D", "E")) for name, text in (("BSCALE", "1"), ("BZERO", "0")))
-    size = values.dtype.itemsize
-    if scale == 1 and zero == 0:
-        return values.astype(values.dtype.newbyteorder("="))
-    if scale == 1 and values.dtype.kind == "i" and zero == 2 ** (8 * size - 1):
-        unsigned: Array = values.astype(f"i{size}").view(f"u{size}") ^ np.array(2 ** (8 * size - 1), f"u{size}")
-        return unsigned
-    return (zero + scale * values.astype(np.float64)).astype(np.float32 if size < 4 else np.float64)
+    with optional_package("FITS", "astropy"):
+        from astropy.io import fits
+    with fits.open(io.BytesIO(contents), memmap=False) as file:
+        images = [each for each in file if each.is_image and each.header["NAXIS"] > 1]
+        if not images:
+            raise ValueError("it has no image; save its array by numpy.save")
+        data: Array = images[0].data
+    planes = data.reshape(-1, *data.shape[-2:])[:, ::-1]
+    return np.moveaxis(planes, 0, -1).astype(data.dtype.newbyteorder("="))
