@@ -1,6 +1,7 @@
 """Shared by the tests: configurations composed as on the command line, and one small trained run."""
 
 import os
+import shutil
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +22,12 @@ torch.set_num_threads(1)
 
 speed_up()
 
-os.environ["DIFFUSION_CACHE"] = tempfile.mkdtemp(prefix="diffusion-cache-")  # not the user's
+CACHE = os.environ["DIFFUSION_CACHE"] = tempfile.mkdtemp(prefix="diffusion-cache-")  # not the user's
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE)
+
 
 HANG_SECONDS = 3600
 """A test that waits longer for something is hanging; no machine is this slow."""
