@@ -97,16 +97,22 @@ if __name__ == "__main__":
     atexit.register(_exit_at_once, statuses)  # the first handler registered is the last that runs
 
     # What each command would import by itself takes as long as a short training run.
-    import hydra.main  # noqa: F401
+    import hydra.main
     import pandas  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import torchvision.transforms.v2  # noqa: F401
 
     import src.training.module  # noqa: F401
+    from src.config.search_path import CONF
+    from src.runs.trust import known_targets
     from tests.speed import speed_up
 
     speed_up()  # in each fork too
+    known_targets()
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        for command in ("train", "sample", "evaluate"):
+            hydra.compose(command)
 
     while line := sys.stdin.readline():
         children = []
