@@ -13,7 +13,7 @@ from src.errors import counted, first_names
 
 Depth = int | Literal["all"]
 SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("train", "training", "trainval"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
@@ -24,7 +24,8 @@ FILLERS = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", 
 MAX_STRAYS = 0.05
 """Largest share of files outside of all class folders that does not remove the classes."""
 
-_WORD = r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+"
+_BEFORE_SPLIT = rf"[A-Z]{{2,}}(?=(?:{'|'.join(SPLITS)})(?![a-z]))"  # VOC of VOCtrainval
+_WORD = rf"{_BEFORE_SPLIT}|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+"
 
 
 def words_of(name: str) -> list[str]:

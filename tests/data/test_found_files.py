@@ -184,6 +184,7 @@ def test_splits_have_a_word_in_their_names(tmp_path, train, val, test):
         (["train/A", "train/B"], [], ["test/A", "test/B"], ["A", "B"]),
         (["bedroom_train", "tower_train"], ["bedroom_val", "tower_val"], [], ["bedroom", "tower"]),
         (["cars_train"], [], ["cars_test"], None),
+        (["VOCtrainval_06-Nov-2007"], [], ["VOCtest_06-Nov-2007"], None),
         (["X2K_train_HR"], ["X2K_valid_HR"], [], None),
         (["seg_train/seg_train/a", "seg_train/seg_train/b"], [], ["seg_test/seg_test/a"], ["a", "b"]),
         (["train/images/a", "train/images/b"], ["val/images/a"], ["test/images"], ["a", "b"]),
