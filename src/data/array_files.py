@@ -59,8 +59,10 @@ def arrange(path: Path, array: Array, channels: int | None, size: tuple[int, ...
     elif len(shape) > 1:
         if shape[0] != channels == shape[-1]:
             array = np.moveaxis(array, -1, axis)
-        elif size is None and channels == 1 < shape[0]:
+        elif size is None and (channels == 1 < shape[0] or (channels is None and is_gray_image(array, axis))):
             array = np.expand_dims(array, axis)
+        elif size is None and channels is None and array.dtype == np.uint8 and len(shape) == 3 and shape[-1] in (3, 4):
+            array = np.moveaxis(array, -1, axis) if shape[0] > 4 else array
         elif channels is None and (shape[-1] < shape[0] if len(shape) == 2 else shape[-1] <= 4 < shape[0]):
             raise ValueError(
                 f"{path} has shape {array.shape}: are channels at the end? Set data.channels={shape[-1]}, or "
@@ -78,6 +80,12 @@ def arrange(path: Path, array: Array, channels: int | None, size: tuple[int, ...
     return array
 
 
+def is_gray_image(array: Array, axis: int) -> bool:
+    """Return whether the last two axes, with `axis` others before, seem to be the sides of an image of 8 bits."""
+    sides = array.shape[axis:]
+    return len(sides) == 2 and array.dtype == np.uint8 and min(sides) > 4 and max(sides) <= 4 * min(sides)
+
+
 # NumPy files of all samples
 
 
@@ -91,7 +99,7 @@ def open_numpy(path: Path, key: str | None = None, setting: str = "data.root", k
     if not path.is_file():  # reading a pipe would wait forever
         raise ValueError(f"{path} {absence(path)}; set {setting} to a .npy or .npz file")
     try:
-        names = _names_in_npz(path) if zipfile.is_zipfile(path) else None
+        names = names_in_npz(path)
         problem = None if names is None else _problem_with_key(names, key)
         if names is None:
             array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -107,7 +115,10 @@ def open_numpy(path: Path, key: str | None = None, setting: str = "data.root", k
     return array
 
 
-def _names_in_npz(path: Path) -> list[str]:
+def names_in_npz(path: Path) -> list[str] | None:
+    """Return the names of the arrays in an .npz file; None for other files."""
+    if not zipfile.is_zipfile(path):
+        return None
     with zipfile.ZipFile(path) as archive:
         return [info.filename.removesuffix(".npy") for info in archive.infolist()]
 

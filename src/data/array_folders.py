@@ -101,10 +101,13 @@ def _check_one_sample_per_file(found: FoundImages) -> None:
 # Labels
 
 
-def read_labels(path: Path, count: int) -> list[str]:
-    """Return the class of each of `count` samples. Raises ValueError for another number of labels, or empty ones."""
-    if path.suffix.lower() == ".npy":
-        array = open_numpy(path, setting="data.source.labels", kinds="buifU")
+def read_labels(path: Path, count: int, key: str | None = None) -> list[str]:
+    """Return the class of each of `count` samples, from the array `key` of an .npz file, a .npy file, or a table.
+
+    Raises ValueError for another number of labels, or empty ones.
+    """
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        array = open_numpy(path, key, "data.source.labels", kinds="buifU")
         array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
         if array.ndim != 1 or array.dtype.kind not in "buiU":
             fix = "save argmax(axis=1) of one-hot codes" if array.ndim == 2 else "save integers (N,)"

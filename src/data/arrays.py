@@ -15,6 +15,7 @@ from src.data.array_files import (
     KINDS,
     arrange,
     array_suffix,
+    names_in_npz,
     open_numpy,
     read_file,
 )
@@ -28,6 +29,7 @@ from src.data.image_source import check_readable
 from src.data.images import ImageDataModule
 from src.data.layout import class_by_pattern, class_folders
 from src.data.module import Coupling
+from src.data.npz import ChosenArrays, choose_arrays
 from src.data.sources import to_uint8
 from src.data.table_files import labels_from_names
 from src.errors import DataReadError, counted, first_names, format_override
@@ -41,10 +43,11 @@ class Arrays:
     """Opens arrays as a source (`OpenImages`): one .npy or .npz file of all samples, or one file per sample.
 
     Args:
-        labels: the class of each sample: a .npy file of integers (N,), or a table with the column `label`, and for
-            one file per sample the column `file`. None uses the subfolders as classes if there are two or more.
+        labels: the class of each sample: a .npy file of integers (N,), the name of such an array in the .npz file of
+            all samples, or a table with the column `label`, and for one file per sample the column `file`. None uses
+            the subfolders as classes if there are two or more, and the labels in an .npz file, see `choose_arrays`.
         class_pattern: a regular expression with one group, which matches the class in the path of a file.
-        key: the name of the array, for .npz files with several arrays.
+        key: the name of the array, for .npz files with several. None chooses by the names, see `choose_arrays`.
         length: the length of signals: longer ones are cut, shorter ones are zero-padded at the end.
         masks: use masks beside images, see `src.data.masks`, as samples; False leaves them out.
 
@@ -65,7 +68,8 @@ class Arrays:
         if channels is not None and size is not None:
             return (channels, *size)
         if (path := one_file(root, self.labels)) is not None:
-            return arrange(path, open_numpy(path, self.key), channels, size, batched=True).shape[1:]
+            first_array = open_numpy(path, self._choose(path).samples[0])
+            return arrange(path, first_array, channels, size, batched=True).shape[1:]
         found = find_arrays(root, None, self.labels, self.masks)
         first: DataReadError | None = None
         for k in range(len(found)):
@@ -124,23 +128,51 @@ class Arrays:
             raise ValueError(f"data.source.length={self.length} contradicts data.image_size={image_size}; leave one")
         return spatial_size([self.length])
 
+    def _choose(self, path: Path) -> ChosenArrays:
+        names = names_in_npz(path) or []
+        labels = self.labels if self.labels in names else None
+        return choose_arrays(names, self.key, labels) or ChosenArrays([self.key], [], [])
+
+    def _read_labels(self, path: Path, arrays: Sequence[str], counts: Sequence[int]) -> list[str] | None:
+        """Return the class of each sample, from `arrays` of the file or from the file `labels`; None without."""
+        if self.labels is not None and self.labels not in arrays:
+            return read_labels(path.parent / self.labels, sum(counts))
+        each = [read_labels(path, count, array) for array, count in zip(arrays, counts, strict=False)]
+        return [name for names in each for name in names] or None
+
     def _open_one(
         self, path: Path, channels: int, size: tuple[int, ...], value_range: Sequence[float] | None
     ) -> ArraySource:
-        open_array = partial(_open_arranged, path, self.key, channels, size)
+        chosen = self._choose(path)
+        open_array = partial(_open_arranged, path, chosen.samples, channels, size)
         array = open_array()
         limits = find_limits(value_range, array.dtype.name, *measure(path, array))
         if value_range is None:
             warn_of_outliers(array, limits)
+        counts = [len(open_numpy(path, name)) for name in chosen.samples]
         labels, text = None, f"{counted(len(array), KINDS[len(size)])} in {path.name}"
-        if self.labels is not None:
-            labels = labels_from_names(read_labels(path.parent / self.labels, len(array)))
-            text += f", {counted(len(labels.classes), 'class')} from {Path(self.labels).name}"
+        val_mask = None
+        if len(counts) > 1:
+            val_mask = np.arange(len(array)) >= counts[0]
+            text += f" ({counts[1]:,} for validation)"
+        unused = chosen.unused
+        try:
+            names = self._read_labels(path, chosen.labels, counts)
+        except ValueError:
+            if self.labels is not None:
+                raise
+            names, unused = None, [*chosen.labels, *unused]
+        if names is not None:
+            labels = labels_from_names(names)
+            of = chosen.labels[0] if chosen.labels else Path(str(self.labels)).name
+            text += f", {counted(len(labels.classes), 'class')} from {of}"
         text += describe_array(array, limits) + _guessed_channels(array)
-        if self.labels is None and (unused := labels_beside(path)):
-            text += f"; not used: {first_names(unused)} (add {format_override('data.source.labels', unused[0])})"
+        if unused:
+            text += f"; arrays not used: {first_names(unused)}"
+        if labels is None and (files := labels_beside(path)):
+            text += f"; not used: {first_names(files)} (add {format_override('data.source.labels', files[0])})"
         header = {"one_file": True}
-        return ArraySource(open_array, path, None, labels, None, None, None, limits, ".npy", header, text, {})
+        return ArraySource(open_array, path, None, labels, None, val_mask, None, limits, ".npy", header, text, {})
 
     def _open_many(
         self,
@@ -280,11 +312,11 @@ def _guessed_channels(array: Array) -> str:
     return f"; axis 1 is read as {channels} channels: if the samples are {kind}s of one channel, add data.channels=1"
 
 
-def _open_arranged(path: Path, key: str | None, channels: int, size: tuple[int, ...]) -> Array:
-    array = arrange(path, open_numpy(path, key), channels, size, batched=True)
-    if array.shape[2:] != size:
+def _open_arranged(path: Path, keys: Sequence[str | None], channels: int, size: tuple[int, ...]) -> Array:
+    arrays = [arrange(path, open_numpy(path, key), channels, size, batched=True) for key in keys]
+    if different := next((each.shape[2:] for each in arrays if each.shape[2:] != size), None):
         raise ValueError(
-            f"data.image_size={list(size)} is not {list(array.shape[2:])}, that of {path}; leave it out, or save one "
+            f"data.image_size={list(size)} is not {list(different)}, that of {path}; leave it out, or save one "
             "file per sample, which are resampled"
         )
-    return array
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.data.archives import is_archive, member_sizes, replaced_members
-from src.data.decode import image_suffixes, looks_like_image
+from src.data.decode import ARRAY_SUFFIXES, image_suffixes, looks_like_image
 from src.data.encoded import Names
 from src.data.found_images import FoundImages, suffix_of
 from src.data.layout import split_of, splits_of
@@ -120,6 +120,8 @@ def find_in(
     setting = format_override(name, str(path.absolute()) if root else root)
     if not root or not (path.is_file() or path.is_dir()):
         raise FileNotFoundError(f"{setting} {absence(path) if root else 'names no folder'}; {fix}")
+    if accepts is None and path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:
+        raise ValueError(f"{setting} is a file of arrays; type data=array {setting}")
     try:
         return find_images(path, accepts, noun, None if val_root is None else Path(val_root), masks)
     except PermissionError as error:

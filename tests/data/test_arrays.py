@@ -389,7 +389,7 @@ def test_missing_label_file_names_its_setting(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "hinted"),
-    [((30, 16, 16), "uint8", True), ((20, 8, 9, 10), "uint8", True), ((30, 3, 16, 16), "uint8", False),
+    [((30, 16, 16), "int16", True), ((20, 8, 9, 10), "uint8", True), ((30, 3, 16, 16), "uint8", False),
      ((20, 8, 9, 10), "float32", False)],
 )  # fmt: skip
 def test_ambiguous_channels_name_the_setting(shape, dtype, hinted, tmp_path):
@@ -397,6 +397,46 @@ def test_ambiguous_channels_name_the_setting(shape, dtype, hinted, tmp_path):
     assert ("data.channels=1" in opened(tmp_path / "a.npy").source.summary) == hinted
     other = opened(tmp_path / "a.npy", channels=1) if hinted else None
     assert other is None or (other.shape == (1, *shape[1:]) and "data.channels" not in other.source.summary)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((9, 16, 20), (1, 16, 20)), ((9, 16, 20, 3), (3, 16, 20)), ((9, 2, 20), (2, 20))]
+)
+def test_arrays_of_bytes_are_images(shape, expected, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, shape).astype("uint8")
+    np.save(tmp_path / "a.npy", x)
+    data = opened(tmp_path / "a.npy")
+    assert data.shape == expected
+    images = np.moveaxis(x, -1, 1) if x.ndim == 4 else x
+    assert np.array_equal(data.source.fetch(range(9)).numpy(), images.reshape(9, *expected))
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "labels", "samples", "classes", "held_out"),
+    [
+        ("train_images train_labels val_images val_labels test_images test_labels", None, None, (0, 2), (1, 3), 1),
+        ("x_test x_train y_test y_train", None, None, (1,), (3,), None),
+        ("x_test x_train y_test y_train", "x_test", None, (0,), (2,), None),
+        ("data labels", None, None, (0,), (1,), None),
+        ("X fine_labels coarse_labels", None, "coarse_labels", (0,), (2,), None),
+        ("images targets_valid images_valid", None, None, (0, 2), None, 1),
+    ],
+)
+def test_arrays_of_a_file_are_told_by_names(names, key, labels, samples, classes, held_out, tmp_path):
+    """Each array has the values of its position: samples k + i / 10, labels 10 k + i."""
+    names = names.split()
+    tell = [any(word in name for word in ("label", "target", "y_")) for name in names]
+    arrays = {
+        name: 10 * k + np.arange(3)[:, None] if is_label else np.float32(k + np.arange(3)[:, None, None] / 10)
+        for k, (name, is_label) in enumerate(zip(names, tell, strict=True))
+    }
+    np.savez(tmp_path / "all.npz", **arrays)
+    source = opened(tmp_path / "all.npz", source_key=key, source_labels=labels).source
+    expected = np.concatenate([arrays[names[k]] for k in samples])
+    assert np.array_equal(source.fetch(range(len(source))).numpy(), expected)
+    got = None if source.labels is None else [source.labels.classes[k] for k in source.labels.targets]
+    assert got == (classes and [str(value) for k in classes for value in arrays[names[k]][:, 0]])
+    assert source.val_mask is None if held_out is None else np.flatnonzero(source.val_mask).tolist() == [3, 4, 5]
 
 
 # Folders for validation, and files of labels
