@@ -23,7 +23,8 @@ install: $(STAMP) ## create .venv from requirements.lock
 train: $(STAMP) ## draw characters that do not exist (under 5 minutes on 2 CPU cores); ARGS="experiment=digits" trains another recipe
 	@$(RUN) -m src.train $(if $(filter experiment=% data=% resume=%,$(ARGS)),,experiment=kanji) $(ARGS)
 
-test: $(STAMP) lint types unit ## lint, check types and run all tests
+test: $(STAMP) lint ## lint, check types and run all tests
+	@$(MAKE) --no-print-directory -j 2 types unit
 
 lint: $(STAMP) ## run ruff: style, imports, docstrings, formatting
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
