@@ -81,7 +81,8 @@ class BitsPerDim(L.Callback):
             pl_module, parts, load, *settings, reduce_errors=lambda errors: sum_errors(processes.gather(errors))
         )
         totals = processes.gather(torch.cat([part.total for part in results]))
-        pl_module.log("val/bits_per_dim", torch.cat(totals).mean().to(device, torch.float32), rank_zero_only=False)
+        value = torch.cat(totals).mean().to(device, torch.float32)  # equal in all processes
+        pl_module.log("val/bits_per_dim", value, sync_dist=True)
 
 
 class Quality(L.Callback):
@@ -151,9 +152,8 @@ class Quality(L.Callback):
                 warnings.warn(f"skipping callbacks.quality: {error}", stacklevel=2)
             return
         measured = self._evaluator.measure([generated])
-        values = {name: metric.value for each in measured for name, metric in each.metrics.items()}
-        for name, value in trainer.strategy.broadcast(values).items():
-            pl_module.log(f"quality/{name}", value)
+        values = {f"quality/{name}": metric.value for each in measured for name, metric in each.metrics.items()}
+        pl_module.log_dict(trainer.strategy.broadcast(values), sync_dist=True)
 
     def _sampler(self, module: DiffusionModule) -> Sampler:
         return module.sampler if self.steps is None else module.sampler._replace(steps=self.steps)
