@@ -177,6 +177,9 @@ def _parse_texts(table: Table, series: "pd.Series[Any]", missing: npt.NDArray[np
     if len(different) <= MAX_CATEGORIES and 2 * len(different) <= len(present):
         parsed = _categories(series, missing)
         return parsed._replace(details={**parsed.details, "dtype": dtype})
+    if not numeric and all(number is not None for number in to_numbers(present, ".")):
+        use = type_override(str(series.name), "number")
+        return _left_out(missing, f"numbers in text cells like {present[0]!r:.30}; add {use}")
     if table.is_text and all(_SIGN.search(cell) for cell in present[:100]):
         bare = [_SIGN.sub("", cell) for cell in present]
         if all(number is not None for number in to_numbers(bare, table.decimal)):
@@ -194,11 +197,10 @@ def _numbers_of_texts(
     dtype: str | None,
 ) -> Cells:
     good = [cell for cell, ok in zip(cells, valid, strict=True) if ok and cell is not None]
-    joined = "\n".join(good)
-    whole = re.fullmatch(r"([+-]?\d+(\n|$))*", joined) is not None
+    whole = not any(decimal in cell or "e" in cell.lower() for cell in good)
     values: Any
     if (whole and given != "number") or given == "integer":
-        if whole:
+        if all(re.fullmatch(r"[+-]?\d+", cell) for cell in good):
             values = [int(c) if ok and c is not None else 0 for c, ok in zip(cells, valid, strict=True)]
         else:
             valid = valid & np.array([x is not None and x == x and x.is_integer() for x in numbers])
@@ -207,13 +209,17 @@ def _numbers_of_texts(
         array = np.array(values, dtype=np.int64 if fits else object)
         return Cells("integer", array, missing, ~valid & ~missing, details={"dtype": dtype})
     values = np.array([x if ok else np.nan for x, ok in zip(numbers, valid, strict=True)], dtype=np.float64)
-    many = re.search(rf"{re.escape(decimal)}\d{{{MAX_DECIMALS}}}\d*[1-9]|e", joined, re.IGNORECASE)
-    fractions = [] if many else [cell.partition(decimal)[2].rstrip("0") for cell in good]
-    digits = max(map(len, fractions), default=0)
+    digits = max((_decimals(cell, decimal) for cell in good), default=0)
     largest = float(np.abs(values[valid]).max(initial=0))
-    keeps = not many and largest * 10**digits < EXACT  # rounding changes no cell
+    keeps = digits <= MAX_DECIMALS and largest * 10**digits < EXACT  # rounding changes no cell
     details = {"decimals": digits if keeps else None, "dtype": dtype}
     return Cells("number", values, missing, ~valid & ~missing, details=details)
+
+
+def _decimals(cell: str, decimal: str) -> int:
+    """Return the number of decimals of a number, at least 0: 2 for 1.5e-1, and 0 for 1.5e3."""
+    number, _, exponent = cell.lower().partition("e")
+    return max(0, len(number.partition(decimal)[2].rstrip("0")) - int(exponent or 0))
 
 
 def _booleans(values: Sequence[Any], missing: npt.NDArray[np.bool_], details: Mapping[str, Any]) -> Cells:

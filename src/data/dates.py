@@ -33,31 +33,47 @@ TIME_WORDS = {"date", "day", "time", "datetime", "timestamp", "ts", "epoch", "cr
 def dates_of_texts(
     texts: Sequence[str], patterns: Sequence[str] | None
 ) -> tuple[npt.NDArray[np.int64], dict[str, Any]] | None:
-    """Return dates (N,) as units since 1970, and fields of their `Column`; None if any text is not a date."""
+    """Return dates (N,) as units since 1970, and fields of their `Column`; None if any text is not a date.
+
+    Dates of different UTC offsets become those in UTC; those of one offset keep it.
+    """
     import pandas as pd
 
     if not all(any(c.isdigit() for c in text) and len(text) <= 40 for text in texts[:100]):
         return None
-    ends = {match[0] if (match := re.search(r"(?<=\d)\s?(Z|[+-]\d\d:?\d\d|UTC)$", text)) else "" for text in texts}
-    suffix = ends.pop() if len(ends) == 1 else ""
-    if suffix and not any(":" in text for text in texts[:1]):  # 01-02-2020 ends in digits, not in a time zone
-        suffix = ""
-    bare = pd.Series([text.removesuffix(suffix) for text in texts], dtype=object)
+    zone = re.compile(r"(?<=\d)\s?(Z|[+-]\d\d:?\d\d|UTC)$")
+    ends = [match[0] if (match := zone.search(text)) else "" for text in texts]
+    if "" in ends or not any(":" in text for text in texts[:1]):  # 01-02-2020 ends in digits, not in a time zone
+        ends = [""] * len(texts)
+    bare = pd.Series([text.removesuffix(end) for text, end in zip(texts, ends, strict=True)], dtype=object)
+    suffix = ends[0] if len(set(ends)) == 1 else "+00:00"
     for pattern in patterns or [date + time for date in DATE_FORMATS for time in TIME_FORMATS]:
         if pd.to_datetime(bare[:20], format=pattern, errors="coerce").isna().any():
             continue
         dates = pd.to_datetime(bare, format=pattern, errors="coerce")
         if dates.isna().any():
             continue
+        local = dates
+        if len(set(ends)) > 1:
+            dates = dates - pd.Series([_offset(end) for end in ends])
         ticks, unit = ticks_of(dates)
         details: dict[str, Any] = {"format": pattern, "suffix": suffix, "unit": unit}
-        first, wanted = pd.DatetimeIndex(dates[:1000]), bare[:1000].tolist()
+        first, wanted = pd.DatetimeIndex(local[:1000]), bare[:1000].tolist()
         exact = (each for each in ("", "dm", "HI", "dmHI") if date_texts(first, pattern, each) == wanted)
         details["unpadded"] = next(exact, "")
         if pattern.endswith("%f"):
             details["digits"] = max(len(text.rpartition(".")[2]) for text in bare)
         return ticks, details
     return None
+
+
+def _offset(zone: str) -> "pd.Timedelta":
+    """Return the difference from UTC of a zone such as +01:00, -0730 or Z."""
+    import pandas as pd
+
+    digits = re.sub(r"\D", "", zone)
+    minutes = 60 * int(digits[:2]) + int(digits[2:]) if digits else 0
+    return pd.Timedelta(minutes=-minutes if "-" in zone else minutes)
 
 
 def date_texts(dates: "pd.DatetimeIndex", pattern: str, unpadded: str) -> list[str]:

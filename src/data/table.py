@@ -47,6 +47,7 @@ class TableDataModule(BaseDataModule):
         transforms: of numbers, integers and dates, before they are standardized: standardize (none), log, quantile.
         categories: code of categories, `onehot` or analog `bits`.
         missing: what happens to rows with missing cells in these columns: `drop`, or None, which refuses them.
+        na_values: further texts and numbers that mean a missing cell, such as -999.
         clip: limit samples to the observed range of each column.
         header, separator, decimal, encoding, sheet: of the file; None detects them, and takes the first sheet.
         mean, std: statistics of each column's encoded values; None computes them over the table.
@@ -72,6 +73,7 @@ class TableDataModule(BaseDataModule):
         transforms: Mapping[str, str] | Sequence[str] | None = None,
         categories: CategoryCode = "onehot",
         missing: Literal["drop"] | None = None,
+        na_values: Sequence[Any] = (),
         clip: bool = True,
         header: bool | None = None,
         separator: str | None = None,
@@ -95,6 +97,7 @@ class TableDataModule(BaseDataModule):
             list(columns) if columns else None, list(condition_columns), label, _by_column(types, "data.types"),
             _by_column(transforms, "data.transforms"), categories, missing,
         )  # fmt: skip
+        self.na_values = list(na_values)
         self.clip = clip
         separator, decimal = _signs(separator, decimal)
         self._read_file = partial(
@@ -176,7 +179,7 @@ class TableDataModule(BaseDataModule):
             raise FileNotFoundError("data.path is not set; set it to a table, such as a CSV file with a header")
         table = self._read_file(Path(self.path), "data.path")
         self.settings.check(table)
-        return table
+        return table.without(self.na_values) if self.na_values else table
 
     def _set_encoders(
         self,

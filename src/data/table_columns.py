@@ -97,6 +97,8 @@ def infer_columns(
             check_varies(table, name, column.low, column.high, "data.columns")
         if name not in settings.types and (doubt := _describe_doubt(table, column)):
             notes.append(doubt)
+        if cells.type in ("number", "integer") and (doubt := _describe_sentinel(name, cells.values)):
+            notes.append(doubt)
         columns.append(column)
         complete.append(cells)
     return columns, complete, left_out, notes
@@ -143,6 +145,22 @@ def _describe_doubt(table: Table, column: Column) -> str:
         return ""
     use = type_override(column.name, other)
     return f"{column.name} read as {column.format}, although it may be {other}: then add {use}"
+
+
+def _describe_sentinel(name: str, values: npt.NDArray[Any]) -> str:
+    """Return which value may mean a missing cell, and how to say so; empty if none does.
+
+    It is -1, or has only nines, as -999; it repeats, and is farther from the others than they are from each other.
+    """
+    different, counts = np.unique(values, return_counts=True)
+    for value, count, others in ((different[0], counts[0], different[1:]), (different[-1], counts[-1], different[:-1])):
+        apart = len(others) > 2 and min(abs(others[0] - value), abs(others[-1] - value)) > others[-1] - others[0]
+        if apart and count > 1 and re.fullmatch(r"-1|-?99+", f"{value:.15g}"):
+            return (
+                f"{name} is {value:g} in {count:,} rows, far from the others in [{others[0]:g}, {others[-1]:g}]: if it "
+                f"means a missing cell, add {format_override('data.na_values', [int(value)])}"
+            )
+    return ""
 
 
 def condition_cells(table: Table, name: str) -> Cells:

@@ -24,6 +24,7 @@ from src.data.table_text import (
     decode_text,
     find_decimal,
     find_separator,
+    to_number,
 )
 from src.errors import absence, format_override, one_line
 
@@ -89,6 +90,18 @@ class Table:
     def row_texts(self) -> list[str]:
         """Return one text per row; equal rows have equal texts."""
         return ["\x1f".join(cells) for cells in zip(*map(self.column, self.names), strict=True)]
+
+    def without(self, na_values: Sequence[Any]) -> "Table":
+        """Return the table with missing cells in place of these texts and numbers."""
+        words = {cell_text(value).strip() for value in na_values}
+        numbers = {number for word in words if (number := to_number(word)) is not None}
+        frame = self.frame.copy()
+        for name in self.names:
+            cells = self.column(name)
+            keep = [cell not in words and to_number(cell, self.decimal) not in numbers for cell in cells]
+            if not all(keep):
+                frame[name] = frame[name].astype(object).where(keep, "" if self.is_text else None)
+        return replace(self, frame=frame)
 
     def rows(self, keep: Sequence[int]) -> "Table":
         """Return the table with only these rows."""

@@ -33,7 +33,10 @@ def read_parquet(path: Path, data: bytes) -> "pd.DataFrame":
 def read_excel(
     path: Path, data: bytes, header: bool | None, sheet: str | int | None
 ) -> "tuple[pd.DataFrame, list[int], list[str]]":
-    """Return a sheet, the number of each row, and a note if there are several. Empty rows and columns are left out."""
+    """Return a sheet, by default the first with cells, the number of each row, and a note if there are several sheets.
+
+    Empty rows and columns are left out.
+    """
     import pandas as pd
 
     if zipfile.is_zipfile(io.BytesIO(data)):
@@ -47,9 +50,12 @@ def read_excel(
     names = book.sheet_names
     if sheet is not None and sheet not in names and not (isinstance(sheet, int) and 0 <= sheet < len(names)):
         raise ValueError(f"data.sheet={sheet} is not a sheet of {path}; {did_you_mean(str(sheet), [*map(str, names)])}")
-    with _reading(path, "openpyxl"):
-        cells = pd.read_excel(book, sheet or 0, header=None, dtype=object, na_values=[], keep_default_na=False)
-    cells = cells.where(cells != "", None).dropna(how="all").dropna(how="all", axis=1)
+    for chosen in names if sheet is None else [sheet]:
+        with _reading(path, "openpyxl"):
+            cells = pd.read_excel(book, chosen, header=None, dtype=object, na_values=[], keep_default_na=False)
+        cells = cells.where(cells != "", None).dropna(how="all").dropna(how="all", axis=1)
+        if not cells.empty:
+            break
     numbers = [int(row) + 1 for row in cells.index]
     rows = cells.values.tolist()
     first: list[Any] = [f"c{k}" for k in range(cells.shape[1])]
@@ -59,7 +65,7 @@ def read_excel(
             texts = [[cell_text(cell) for cell in row] for row in rows]
             check_header(f"{path}, row {numbers[0] - 1 if numbers else 1}", [*map(cell_text, first)], texts)
     frame = pd.DataFrame(rows, columns=clean_names(path, first), dtype=object)
-    notes = [f"sheet {names[0] if sheet is None else sheet!r} of {len(names)}"] if len(names) > 1 else []
+    notes = [f"sheet {chosen!r} of {len(names)}"] if len(names) > 1 else []
     return _infer_types(frame), numbers, notes
 
 

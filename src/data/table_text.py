@@ -88,8 +88,10 @@ def find_decimal(cells: Iterable[str], separator: str = ";") -> str:
     for cell in cells:
         if "," in cell or "." in cell:
             comma_groups += (group := _THOUSANDS.fullmatch(cell) is not None)
+            point += group and cell.count(",") > 1
             comma += not group and _COMMA_DECIMAL.fullmatch(cell) is not None
             point_groups += (group := _POINT_GROUPS.fullmatch(cell) is not None)
+            comma += group and cell.count(".") > 1
             point += not group and _POINT_DECIMAL.fullmatch(cell) is not None
     if comma or point:
         return "," if comma > point else "."

@@ -31,6 +31,9 @@ def column_of(path: Path, cells: list[str], **settings: object) -> "Cells":
         (["1,5", "2", "-3,25"], "number"),
         (["4", "-2", "+3"], "integer"),
         (["1.0", "2.0", "9.0"], "number"),
+        (["1,234,567", "2,345"], "integer"),
+        (["1.234.567", "2.345"], "integer"),
+        (["1e5", "2e5"], "number"),
         (["02139", "10115"] * 3, "category"),
         (["a", "b", "a", "b"], "category"),
         (["True", "False", "True"], "boolean"),
@@ -76,7 +79,9 @@ def test_decimals_are_those_of_the_cells(tmp_path):
     for texts, decimals in (
         (["1.50", "2.25"], 2),
         (["3.0", "4.0"], 0),
-        (["1e-3", "2.5"], None),
+        (["1e-3", "2.5"], 3),
+        (["1.25E1", "2E5"], 1),
+        (["1e-9", "2"], None),
         (["1.123456789"] * 2 + ["2"], None),
     ):
         assert column_of(tmp_path, texts).details["decimals"] == decimals
@@ -106,6 +111,16 @@ def test_dates_return_as_they_were_written(tmp_path, cells):
     column = infer_column("value", column_of(tmp_path, cells), "standardize", "onehot")
     again = column_of(tmp_path, cells, known=column)
     assert column.restore(column.display(again.values)).tolist() == cells
+
+
+def test_dates_of_different_offsets_return_in_utc(tmp_path):
+    zones = ("28T12:00:00+01:00", "29T12:00:00+02:00", "29T23:30:00-0330", "31T00:00:00Z")
+    cells = [f"2020-03-{text}" for text in zones]
+    column = infer_column("value", column_of(tmp_path, cells), "standardize", "onehot")
+    wanted = [f"2020-03-{text}:00+00:00" for text in ("28T11:00", "29T10:00", "30T03:00", "31T00:00")]
+    for texts in (cells, wanted):  # the data of the run, and its samples
+        again = column_of(tmp_path, texts, known=column)
+        assert column.restore(column.display(again.values)).tolist() == wanted
 
 
 def test_whole_numbers_in_typed_files_are_dates(tmp_path):

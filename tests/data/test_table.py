@@ -479,6 +479,33 @@ def test_missing_cells_are_refused_or_dropped(tmp_path):
     assert len(data.source) == COUNT
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize(
+    ("sentinel", "others", "hinted"),
+    [(-999, [1.5, 4.5, 3.5], True), (9999, [1, 40, 30], True), (-1, [0.5, 0.25, 0.125], True), (-1, [0, 1, 2], False),
+     (99, [70, 80, 95], False), (500, [1, 2, 3], False)],
+)  # fmt: skip
+def test_values_for_missing_cells_are_named_and_left_out(sentinel, others, hinted, ending, tmp_path):
+    frame = pd.DataFrame({"a": [*others, sentinel] * 3, "b": range(0, 24, 2)})
+    path = tmp_path / f"a.{ending}"
+    frame.to_csv(path, index=False) if ending == "csv" else frame.to_parquet(path)
+    assert (f"data.na_values=[{sentinel}]" in " ".join(opened(path).summary)) == hinted
+    assert "data.missing=drop" in refused(path, na_values=[sentinel])
+    data = opened(path, na_values=[sentinel], missing="drop")
+    restored = data.to_frame(data.postprocess(data.source.fetch(range(9))))
+    assert restored.a.tolist() == pytest.approx(others * 3, rel=1e-6) and "na_values" not in " ".join(data.summary)
+    assert restored.b.tolist() == frame.b[frame.a != sentinel].tolist()
+
+
+def test_numbers_in_text_cells_name_their_type(tmp_path):
+    cells = [f"{k / 7:.3f}" for k in range(1, 31)]
+    pd.DataFrame({"a": cells, "b": range(0, 60, 2)}).to_parquet(tmp_path / "a.parquet")
+    assert "data.types={a: number}" in opened(tmp_path / "a.parquet").left_out["a"]
+    data = opened(tmp_path / "a.parquet", types={"a": "number"})
+    restored = data.to_frame(data.postprocess(data.source.fetch(range(30)))).a.tolist()
+    assert [*map(float, restored)] == [*map(float, cells)]
+
+
 def test_whole_numbers_beside_missing_cells_stay_integers(tmp_path):
     frame = pd.DataFrame({"x": np.arange(9) % 4, "day": [20200101 + 3 * k for k in range(9)]}, dtype=object)
     frame.loc[2, "x"] = frame.loc[5, "day"] = None

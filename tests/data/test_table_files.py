@@ -218,6 +218,14 @@ def test_sheets_are_chosen_by_name(tmp_path):
         read_table(tmp_path / "a.xlsx", "data.path", sheet="secnd")
 
 
+def test_first_sheet_with_cells_is_read(tmp_path):
+    with pd.ExcelWriter(tmp_path / "a.xlsx") as book:
+        pd.DataFrame().to_excel(book, sheet_name="cover", index=False)
+        frame().to_excel(book, sheet_name="data", index=False)
+    table = read_table(tmp_path / "a.xlsx", "data.path")
+    assert table.names == ["n", "x", "s", "b"] and "'data'" in table.notes[0]
+
+
 @pytest.mark.parametrize(("name", "package"), [("a.xlsx", "openpyxl"), ("a.parquet", "pyarrow")])
 def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
     frame().to_excel(tmp_path / name) if name == "a.xlsx" else frame().to_parquet(tmp_path / name)
