@@ -170,6 +170,13 @@ class SelfAttention(nn.Module):
         return out if self.skip_scale == 1 else self.skip_scale * out
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention (B, L, C) of queries (B, heads, L, C / heads); `mask` (B, keys) is False for padding."""
+    attn_mask = None if mask is None else mask[:, None, None]  # the same for all heads and positions
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
+    return attended.transpose(1, 2).flatten(2)
+
+
 class CrossAttention(nn.Module):
     """Add multi-head attention from the positions of x (B, C, *size) to tokens (B, L, token_width).
 
@@ -189,10 +196,7 @@ class CrossAttention(nn.Module):
         query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, positions, C)
         query = query.view(b, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
         keys, values = self.kv(tokens).view(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        attn_mask = None if mask is None else mask[:, None, None]  # the same for all heads and positions
-        # (B, heads, positions, C / heads)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=attn_mask)
-        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
+        out: Tensor = self.out(attend(query, keys, values, mask))
         return x + out.transpose(1, 2).view(b, c, *size)
 
 
@@ -261,6 +265,14 @@ def depth_to_space(x: Tensor, patch_size: int) -> Tensor:
     split = x.reshape(b, -1, *[patch_size] * dims, *size)
     order = [axis for k in range(dims) for axis in (2 + dims + k, 2 + k)]
     return split.permute(0, 1, *order).reshape(b, -1, *(n * patch_size for n in size))
+
+
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Remove the padding at the end of (B, C, ...) beyond `size`."""
+    for axis, n in enumerate(size, 2):
+        if x.shape[axis] != n:  # Sharded networks warn if the output is a view.
+            x = x.narrow(axis, 0, n)
+    return x
 
 
 def check_positive(**sizes: int | Sequence[int]) -> None:
