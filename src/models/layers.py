@@ -36,16 +36,11 @@ def shape_of_data(channels: int | None, image_size: int | Sequence[int] | None) 
 
 
 def sinusoidal_embedding(
-    time: Tensor,
-    dim: int,
-    scale: float = 1000.0,
-    max_period: float = 10_000.0,
-    offset: float = 0.0,
-    freq_shift: int = 1,
+    time: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0, freq_shift: int = 1
 ) -> Tensor:
     """Return sines, then cosines, of scale * time + offset at geometric frequencies: time (B,) in [0, 1] -> (B, dim).
 
-    The lowest frequency is 1 / max_period with `freq_shift` 1 (Ho et al. 2020), and the next lower one with 0 (ADM).
+    The lowest frequency is 1 / 10,000 with `freq_shift` 1 (Ho et al. 2020), and the next lower one with 0 (ADM).
     Always float32: bfloat16 rounds steps 500 and 501 of 1000 to the same value.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), sec. 3.5, in the layout of Ho et al. 2020.
@@ -55,7 +50,7 @@ def sinusoidal_embedding(
     position = scale * time.float()[:, None]
     if offset:
         position = position + offset
-    angle = position * torch.exp(-math.log(max_period) * exponent)
+    angle = position * torch.exp(-math.log(10_000.0) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -283,10 +278,9 @@ def check_positive(**sizes: int | Sequence[int]) -> None:
             raise ValueError(f"model.{name}={value} must {rule}; see conf/model for usual values")
 
 
-def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:
-    """Return the largest divisor of `channels` up to `max_groups` with at least `min_channels` per group, or 1."""
-    allowed = [g for g in range(1, max_groups + 1) if channels % g == 0 and channels // g >= min_channels]
-    return max(allowed, default=1)
+def fit_groups(channels: int) -> int:
+    """Return the largest divisor of `channels` up to 32 with at least 4 channels per group, or 1."""
+    return max((g for g in range(1, 33) if channels % g == 0 and channels // g >= 4), default=1)
 
 
 def zero_init(module: M) -> M:
