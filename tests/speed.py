@@ -44,18 +44,23 @@ def _compose_once() -> None:
     create, make_map = config_loader_impl.create_defaults_list, defaults_list._create_interpolation_map
     loader, files = config_loader_impl.ConfigLoaderImpl, config_repository.ConfigRepository
     compose, load = loader._compose_config_from_defaults_list, files.load_config
+    store = ConfigStore.store
     lists: dict[tuple[Any, ...], defaults_list.DefaultsList] = {}
     composed: dict[tuple[Any, ...], bytes] = {}
     loaded: dict[tuple[Any, ...], bytes] = {}
 
-    def sources(repo: Any) -> tuple[Any, ...] | None:
-        """Return the folders of `repo` and the number of plugins, or None if files may change, as those of users do."""
-        ours = all(each.scheme() != "file" or each.path == str(CONF) for each in repo.get_sources())
-        plugins = (len(ConfigStore.instance().repo["hydra"].get(group, ())) for group in ("launcher", "sweeper"))
-        return (*(each.path for each in repo.get_sources()), *plugins) if ours else None
+    stored: list[None] = []  # one for each call of ConfigStore.store, as by plugins
+
+    def sources(repo: Any, file: str = "") -> tuple[Any, ...] | None:
+        """Return the folders of `repo` and the state of its files, or of one; None if it has folders of users."""
+        if any(each.scheme() == "file" and each.path != str(CONF) for each in repo.get_sources()):
+            return None
+        files = [CONF / file] if file else CONF.rglob("*.yaml")
+        times = (each.stat().st_mtime_ns for each in files if each.is_file())
+        return (*(each.path for each in repo.get_sources()), len(stored), *times)
 
     def load_once(self: Any, config_path: str) -> Any:
-        key = sources(self), config_path
+        key = sources(self, config_path if config_path.endswith(".yaml") else f"{config_path}.yaml"), config_path
         if key[0] is None or key not in loaded:
             loaded[key] = pickle.dumps(load(self, config_path))
         return pickle.loads(loaded[key])
@@ -78,8 +83,13 @@ def _compose_once() -> None:
         used = any(each.is_interpolation() for each in defaults)
         return make_map(overrides, defaults, self_added) if used else None
 
+    def count_stored(*args: Any, **further: Any) -> None:
+        stored.append(None)
+        store(*args, **further)
+
     files.load_config = load_once
     config_loader_impl.create_defaults_list = create_once
     loader._compose_config_from_defaults_list = compose_once
     defaults_list._create_interpolation_map = make_map_if_used
+    ConfigStore.store = count_stored
     ConfigStore.__deepcopy__ = lambda self, memo: self  # copied for each composition, changed by none

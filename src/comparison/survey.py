@@ -130,4 +130,4 @@ def find_wandb(runs: Sequence[SurveyedRun]) -> dict[str, Any]:
     for run in runs:
         if settings := (run.settings.get("logger") or {}).get("wandb"):
             return dict(settings)
-    raise ValueError("wandb=true needs a run that was trained with logger=wandb: omit it")
+    raise ValueError("wandb=true needs a run that was trained with logger=wandb; leave it out")

@@ -301,7 +301,7 @@ def run_sweep_job(task: Callable[[DictConfig], Any], cfg: DictConfig, program: P
     if rank() > 0:  # one of the tasks of a SLURM job
         run_as_worker()
     if settings.launcher._target_.endswith(".JoblibLauncher"):
-        ignore_signals()  # until the job handles them; the command itself ends its workers
+        ignore_signals()  # until the job handles signals; the command ends its workers itself
         sweeps.assign_devices(Path(settings.sweep.dir), settings.launcher.n_jobs)
     with as_single_run(program, full_error):
         result = task(cfg)

@@ -26,6 +26,7 @@ from src.config.rules import (
     check_values,
 )
 from src.config.search_path import config_folders, config_groups, load_option, unknown_option
+from src.config.trainer_rules import check_trainer
 from src.config.words import key_of, last_value, parse_words, parsed
 from src.errors import UsageError, first_names, format_override, near_matches, shell_word
 
@@ -137,6 +138,11 @@ def _check_typed(command: _Command, read: Sequence[Override], base: DictConfig, 
 
 def _check_composed(command: _Command, read: Sequence[Override], base: DictConfig, final: DictConfig) -> None:
     """Raise UsageError for settings that are invalid, missing, or exclude each other."""
+    for override in read:  # Hydra takes a group that does not exist for a setting with a slash in its name
+        name, line = str(override.key_or_group), str(override.input_line)
+        if "/" in name and name in final:
+            dotted = shell_word(line.replace(name, name.replace("/", "."), 1))
+            raise UsageError(f"{line}: no group is named {name}; for a setting type {dotted}")
     _check_typed(command, read, base, final)
     check_required(command.name, base, final, command.groups)
     last = {str(override.key_or_group): override for override in read}
@@ -147,6 +153,8 @@ def _check_composed(command: _Command, read: Sequence[Override], base: DictConfi
     check_combinations(command.name, typed, task)
     check_resolved(task, setting_names(task))
     check_values(task, command.name)
+    if command.name == "train":
+        check_trainer(task)
 
 
 def chosen_options(config_name: str, overrides: Sequence[str], added: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -266,7 +274,7 @@ def _check_key(override: Override, read: Sequence[Override], base: DictConfig, g
         raise UsageError(f"{line}: {target} has no argument '{last}'; {fix}")
     if override.is_add() or override.is_force_add():
         added_node = key.endswith("._target_") or key.startswith(("callbacks.", "logger."))  # the user's own
-        if hint and not added_node and near_matches(key, [*names, *groups], cutoff=0.8):
+        if hint and not (added_node or "/" in key) and near_matches(key, [*names, *groups], cutoff=0.8):
             warnings.warn(f"{line} adds a new setting{hint}", stacklevel=2)
     elif other or (target and not hint):
         fix = other or f"type {shell_word(f'+{line}')} if {target} has this argument"

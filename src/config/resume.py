@@ -111,7 +111,7 @@ def _recorded_folders(run: Path) -> list[str]:
 def expand_sweep(overrides: list[str]) -> list[str]:
     """Replace `resume=auto` of a sweep by the folder of the newest sweep that the same overrides started.
 
-    Each job then finds out whether it is finished, started or new (`runs.resolve.resume_job`).
+    Each job then finds out whether it is finished, started or new (`runs.resolve.finished_job`).
     """
     if swept := next((each for each in overrides if key_of(each) == "resume" and "," in each), None):
         raise UsageError(f"{swept} must be one run, whose settings it then has; resume each by a command of its own")

@@ -117,7 +117,7 @@ def load_option(group: str, name: str) -> DictConfig:
         if (file := folder / group / f"{name}.yaml").is_file():
             own = OmegaConf.load(file)
             assert isinstance(own, DictConfig)
-            # Options of the same group, merged in order; a file of ours only overrides other groups besides.
+            # Merge options of the same group in order; our files list other groups only as overrides.
             listed = [each for each in own.pop("defaults", []) if isinstance(each, str)]
             listed += [] if "_self_" in listed else ["_self_"]
             merged = OmegaConf.merge(*(own if each == "_self_" else load_option(group, each) for each in listed))

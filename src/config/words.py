@@ -105,7 +105,7 @@ def key_of(override: str) -> str:
 
 
 def last_value(overrides: Sequence[str], name: str) -> str | None:
-    """Return the value of the last override of the setting `name` as text; None if it is null or not overridden.
+    """Return the last typed value of the setting `name` as text; None if it is null or not typed.
 
     Raises UsageError for an empty value.
     """

@@ -134,7 +134,7 @@ def make_time_grid(schedule: Schedule, steps: int, spacing: Spacing | DefaultSpa
     first = schedule.first
     match spacing:
         case "trailing":
-            u = (steps - count) / steps  # exactly the positions of rows if steps divides their number
+            u = (steps - count) / steps  # equals the positions of rows if `steps` divides their number
         case "leading":
             # Limit the stride, so that more steps than rows do not exceed u = 1.
             u = first + min(1 / steps, (1 - first) / max(steps - 1, 1)) * (steps - 1 - count)

@@ -230,13 +230,13 @@ def is_orphan() -> bool:
     return bool(_watched) and os.getppid() not in _watched
 
 
-def end_with_parent(seconds: float = 5.0) -> None:
+def end_with_parent() -> None:
     """End this process when its parent ends; a collective would wait half an hour for it."""
     _watched.add(os.getppid())
 
     def watch() -> None:
         while not is_orphan():
-            time.sleep(seconds)
+            time.sleep(5)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -160,7 +160,7 @@ def from_diffusers(
             used.update(parts)
     if rest := sorted(theirs.keys() - used):
         raise ValueError(
-            f"init_from: {first_names(rest)} are not weights of this network; choose the config.json of the file"
+            f"init_from: {first_names(rest)} are not weights of this network; use the config.json of its folder"
         )
     if TIME in result and config.get("flip_sin_to_cos", True):
         result[TIME] = swap_halves(result[TIME])

@@ -121,7 +121,7 @@ def write_network(
     match name:
         case "torch_export":
             with warnings.catch_warnings():
-                # Weights in channels-last layout are not contiguous, and are saved completely nevertheless.
+                # Weights in channels-last layout are not contiguous, but are saved completely.
                 warnings.filterwarnings("ignore", "No complete tensor found")
                 torch.export.save(program, path)
             run = torch.export.load(path).module()

@@ -41,7 +41,7 @@ def image_metrics(extractor: str, samples: Collected, reference: Collected, seed
 
 
 def frechet_metric(samples: Collected, reference: Collected, seed: int) -> Metric:
-    """Return the Fréchet distance of all samples; its interval is that of the kept ones, scaled to all."""
+    """Return the Fréchet distance of all samples, and the interval of the kept features, narrowed to all samples."""
     resampled = frechet_linear if samples.features.shape[1] >= WIDE else frechet
     kept = resampled(samples.features, reference.moments).bootstrap(seed)
     value = frechet_distance(samples.moments, reference.moments)

@@ -13,7 +13,7 @@ CHUNK = 64  # images that are compared at once
 
 
 def target_ranks(images: Tensor, references: Tensor, targets: Tensor) -> Tensor:
-    """Return how many references (M, C, H, W) are nearer to each image (N, C, H, W) than the reference `targets` (N,).
+    """Return the rank of its target among the references (M, C, H, W), for each image (N, C, H, W); `targets` (N,).
 
     0 means that the target is the nearest. The distance is that of blurred pixels, at the shift of the image by up to
     `SHIFT` that makes it smallest. Returns (N,) int64.

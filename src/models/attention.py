@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.models.layers import zero_init
+from src.models.layers import attend, zero_init
 
 Norm = Literal["rms", "layer"]
 
@@ -35,9 +35,7 @@ class RotaryAttention(nn.Module):
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        attn_mask = None if mask is None else mask[:, None, None]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
-        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, length, c))
+        out: Tensor = self.out(attend(query, key, value, mask))
         return out
 
 
@@ -57,9 +55,7 @@ class TokenAttention(nn.Module):
         heads = (self.num_heads, c // self.num_heads)
         query = self.query(self.norm(x)).view(b, length, *heads).transpose(1, 2)
         key, value = self.kv(tokens).view(b, -1, 2, *heads).permute(2, 0, 3, 1, 4)
-        attn_mask = None if mask is None else mask[:, None, None]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
-        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, length, c))
+        out: Tensor = self.out(attend(query, key, value, mask))
         return out
 
 

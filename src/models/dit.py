@@ -10,7 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from src.models.attention import Norm, RotaryAttention, TokenAttention, make_norm, rotary_table, sincos_positions
 from src.models.conditioning import Embedded, Embedding
-from src.models.layers import TimeEmbedding, check_positive, depth_to_space, shape_of_data, space_to_depth, zero_init
+from src.models.layers import (
+    TimeEmbedding,
+    check_positive,
+    crop,
+    depth_to_space,
+    shape_of_data,
+    space_to_depth,
+    zero_init,
+)
 from src.models.unet import pad_to_multiple
 
 Activation = Literal["swiglu", "gelu"]
@@ -159,10 +167,7 @@ class DiT(nn.Module):
         shift, scale = self.modulation_out(vector)[:, None].chunk(2, dim=-1)
         out = self.linear_out(self.norm_out(h[:, :num_patches]) * (1 + scale) + shift)
         out = depth_to_space(out.transpose(1, 2).unflatten(2, grid), self.patch_size)
-        for axis, n in enumerate(size, 2):
-            if out.shape[axis] != n:
-                out = out.narrow(axis, 0, n)
-        return out
+        return crop(out, size)
 
 
 class DiTBlock(nn.Module):

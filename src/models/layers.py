@@ -36,16 +36,11 @@ def shape_of_data(channels: int | None, image_size: int | Sequence[int] | None) 
 
 
 def sinusoidal_embedding(
-    time: Tensor,
-    dim: int,
-    scale: float = 1000.0,
-    max_period: float = 10_000.0,
-    offset: float = 0.0,
-    freq_shift: int = 1,
+    time: Tensor, dim: int, scale: float = 1000.0, offset: float = 0.0, freq_shift: int = 1
 ) -> Tensor:
     """Return sines, then cosines, of scale * time + offset at geometric frequencies: time (B,) in [0, 1] -> (B, dim).
 
-    The lowest frequency is 1 / max_period with `freq_shift` 1 (Ho et al. 2020), and the next lower one with 0 (ADM).
+    The lowest frequency is 1 / 10,000 with `freq_shift` 1 (Ho et al. 2020), and the next lower one with 0 (ADM).
     Always float32: bfloat16 rounds steps 500 and 501 of 1000 to the same value.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), sec. 3.5, in the layout of Ho et al. 2020.
@@ -55,7 +50,7 @@ def sinusoidal_embedding(
     position = scale * time.float()[:, None]
     if offset:
         position = position + offset
-    angle = position * torch.exp(-math.log(max_period) * exponent)
+    angle = position * torch.exp(-math.log(10_000.0) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
@@ -170,6 +165,13 @@ class SelfAttention(nn.Module):
         return out if self.skip_scale == 1 else self.skip_scale * out
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the attention (B, L, C) of queries (B, heads, L, C / heads); `mask` (B, keys) is False for padding."""
+    attn_mask = None if mask is None else mask[:, None, None]  # the same for all heads and positions
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attn_mask)
+    return attended.transpose(1, 2).flatten(2)
+
+
 class CrossAttention(nn.Module):
     """Add multi-head attention from the positions of x (B, C, *size) to tokens (B, L, token_width).
 
@@ -189,10 +191,7 @@ class CrossAttention(nn.Module):
         query = self.query(self.norm(x).flatten(2).transpose(1, 2))  # (B, positions, C)
         query = query.view(b, -1, self.num_heads, c // self.num_heads).transpose(1, 2)
         keys, values = self.kv(tokens).view(b, -1, 2, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        attn_mask = None if mask is None else mask[:, None, None]  # the same for all heads and positions
-        # (B, heads, positions, C / heads)
-        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=attn_mask)
-        out: Tensor = self.out(attended.transpose(1, 2).reshape(b, -1, c))
+        out: Tensor = self.out(attend(query, keys, values, mask))
         return x + out.transpose(1, 2).view(b, c, *size)
 
 
@@ -263,6 +262,14 @@ def depth_to_space(x: Tensor, patch_size: int) -> Tensor:
     return split.permute(0, 1, *order).reshape(b, -1, *(n * patch_size for n in size))
 
 
+def crop(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Remove the padding at the end of (B, C, ...) beyond `size`."""
+    for axis, n in enumerate(size, 2):
+        if x.shape[axis] != n:  # Sharded networks warn if the output is a view.
+            x = x.narrow(axis, 0, n)
+    return x
+
+
 def check_positive(**sizes: int | Sequence[int]) -> None:
     """Raise ValueError for an argument of a network, a number or a list, that is not at least 1."""
     for name, value in sizes.items():
@@ -271,10 +278,9 @@ def check_positive(**sizes: int | Sequence[int]) -> None:
             raise ValueError(f"model.{name}={value} must {rule}; see conf/model for usual values")
 
 
-def fit_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:
-    """Return the largest divisor of `channels` up to `max_groups` with at least `min_channels` per group, or 1."""
-    allowed = [g for g in range(1, max_groups + 1) if channels % g == 0 and channels // g >= min_channels]
-    return max(allowed, default=1)
+def fit_groups(channels: int) -> int:
+    """Return the largest divisor of `channels` up to 32 with at least 4 channels per group, or 1."""
+    return max((g for g in range(1, 33) if channels % g == 0 and channels // g >= 4), default=1)
 
 
 def zero_init(module: M) -> M:

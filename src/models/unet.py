@@ -22,6 +22,7 @@ from src.models.layers import (
     TimeEmbedding,
     Upsample,
     check_positive,
+    crop,
     depth_to_space,
     fit_groups,
     shape_of_data,
@@ -191,10 +192,7 @@ class UNet(nn.Module):
             h = self._run(module, h, context, skips.pop() if isinstance(module, Layer) else None)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
         out = out if self.patch_size == 1 else depth_to_space(out, self.patch_size)
-        for axis, n in enumerate(size, 2):
-            if out.shape[axis] != n:  # Sharded networks warn if the output is a view, so crop only padding.
-                out = out.narrow(axis, 0, n)
-        return out
+        return crop(out, size)
 
     def _run(self, module: nn.Module, h: Tensor, context: Embedded, skip: Tensor | None = None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled() and not isinstance(module, Downsample | Upsample):

@@ -63,7 +63,7 @@ def probe(data: DictConfig, on_gpu: bool) -> dict[str, int]:
         name: source.get(name) for name in ("pages", "channel_pattern", "channel_names", "masks") if name in source
     }
     files = find(root, data.get("val_root"), **settings)
-    decode_image = getattr(files, "decode", None)  # of files with other than one image each
+    decode_image = getattr(files, "decode", None)  # for files that do not hold exactly one image
     decoded: list[Any] = []
     for k in range(0, len(files), -(-len(files) // NUM_PROBED)):
         try:

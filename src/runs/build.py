@@ -96,6 +96,7 @@ def build(cfg: DictConfig) -> Run:
     L.seed_everything(cfg.seed, verbose=False)
     data = build_data(cfg, trust=bool(cfg.trust))
     cfg = resolve(cfg, data, checkpoint)
+    data.batch_size = cfg.data.batch_size
     return instantiate_run(cfg, data, resume_from, checkpoint)
 
 

@@ -165,7 +165,7 @@ def load_initial_weights(module: "TrainingModule", init_from: DictConfig) -> str
 def check_resumed(checkpoint: Mapping[str, Any], cfg: DictConfig, module: "TrainingModule") -> list[str]:
     """Return the `changed_settings` of a resumed run. Raises ValueError for those with which it cannot continue.
 
-    Lightning's counters need the same accumulation, and the optimizer the state that it keeps of each weight.
+    Lightning's counters need the same accumulation, and the optimizer needs its state of each weight.
     """
     from src.training.optim import trial_state
 

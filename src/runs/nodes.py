@@ -13,18 +13,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from src.config.arguments import import_target
+from src.config.words import key_of
 from src.errors import shell_word
 
 
 def is_typed(name: str) -> bool:
     """Return whether the command line of this job sets a setting."""
-    return HydraConfig.initialized() and any(o.startswith(f"{name}=") for o in HydraConfig.get().overrides.task)
+    return HydraConfig.initialized() and any(key_of(o) == name for o in HydraConfig.get().overrides.task)
 
 
 def typed_option(group: str) -> str:
     """Return the override of this job's command line that chooses the option of a group; without one, its name."""
     typed = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return next((shell_word(o) for o in typed if o.startswith(f"{group}=")), group)
+    return next((shell_word(o) for o in typed if key_of(o) == group), group)
 
 
 def to_plain(cfg: DictConfig, resolve: bool = True) -> dict[Any, Any]:

@@ -15,7 +15,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from src.distributed.ranks import fresh_folder
-from src.errors import absence, format_override, sentence
+from src.errors import absence, counted, format_override, sentence
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import check_settings_of_network
 from src.runs.imported import read_model
@@ -268,6 +268,8 @@ def _restore_settings(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> 
             parent[name] = value
     if ("data", "columns") in inferred and "features" in cfg.model:
         cfg.model.features = before["model"]["features"]
+    if HydraConfig.initialized() and not is_typed("data.batch_size"):  # it may have been lowered
+        cfg.data.batch_size = before["data"]["batch_size"]
     if cfg.data.get("microbatch_size") == "auto" and cfg.trainer.accumulate_grad_batches == 1:
         cfg.trainer.accumulate_grad_batches = before["trainer"]["accumulate_grad_batches"]
 
@@ -292,6 +294,29 @@ def _infer_data_settings(cfg: DictConfig, data: "BaseDataModule", is_new: bool) 
         inferred = dict(get_class(node._target_).infer_settings(data.source, to_plain(node)))  # type: ignore[attr-defined]
         check_texts(inferred, "the data")
         node.update(inferred)
+    if is_new and HydraConfig.initialized() and not is_typed("data.batch_size"):
+        _lower_batch_size(cfg, data)
+
+
+def _lower_batch_size(cfg: DictConfig, data: "BaseDataModule") -> None:
+    """Lower the default `data.batch_size` to the number of training samples, if the data are small.
+
+    It stays a multiple of the number of micro-batches. A source that is not open yet is not small.
+    """
+    if len(data.shape) == 1:  # rows and points are in memory already
+        data.prepare_once_per_node()
+    count = len(data.training_indices())
+    if data.source is None or count >= cfg.data.batch_size:
+        return
+    micro = cfg.data.get("microbatch_size")
+    parts = world_size(cfg) * (micro if isinstance(micro, int) else cfg.trainer.accumulate_grad_batches)
+    if (lowered := count - count % parts) == 0:  # The sampler rejects this batch size.
+        return
+    warnings.warn(
+        f"data.batch_size={lowered} instead of {cfg.data.batch_size}: there are {counted(count, 'training sample')}",
+        stacklevel=4,
+    )
+    cfg.data.batch_size = lowered
 
 
 def _infer_accumulation(cfg: DictConfig) -> None:

@@ -61,7 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.failed = False
 
     def _prepare(self, folder: Path) -> None:
-        """Before the first checkpoint in a folder, create it and remove partial files of a killed process."""
+        """Create the folder of the first checkpoint, and remove partial files of a killed process."""
         if folder.resolve() not in self._folders:
             folder.mkdir(parents=True, exist_ok=True)
             self._folders.add(folder.resolve())

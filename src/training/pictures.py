@@ -13,6 +13,7 @@ from src.data.module import BaseDataModule
 from src.diffusion.noise import make_time_grid
 from src.metrics.neighbors import Nearest, nearest_neighbors
 from src.training.autoencoder import AutoencoderModule
+from src.training.checkpoint_io import tolerate_full_disk
 from src.training.loggers import log_picture, log_table
 from src.training.module import DiffusionModule
 from src.viz import images, line_plots
@@ -113,6 +114,14 @@ def draw_reconstructions(module: AutoencoderModule, data: BaseDataModule, count:
     pairs = zip(*(torch.split(data.postprocess(each), columns) for each in (x, decoded)), strict=True)
     rows = [row for pair in pairs for row in pair if len(row) == columns]
     return images.labeled_rows(rows, ["validation data", "reconstructions"] * (len(rows) // 2))
+
+
+def save_at_step(directory: Path, trainer: L.Trainer, picture: Image.Image) -> None:
+    """Save and log the picture of a validation. A full disk causes a warning only."""
+    with tolerate_full_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        picture.save(directory / f"step_{trainer.global_step:06d}.png")
+    log_picture(trainer, "samples", picture)
 
 
 def _save(directory: Path, trainer: L.Trainer, pictures: dict[str, Image.Image]) -> None:

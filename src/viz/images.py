@@ -98,7 +98,7 @@ def central_slices(volumes: Tensor) -> Tensor:
 
 
 def titled_grids(groups: Sequence[Tensor], titles: Sequence[str]) -> Image.Image:
-    """Draw a grid of images per group under its title, with the number of columns that makes the whole most square."""
+    """Draw a grid of images per group under its title, in as many columns as make the picture nearly square."""
 
     def shape_error(columns: int) -> float:
         rows = sum(-(-len(group) // columns) for group in groups)
@@ -164,9 +164,9 @@ def add_captions(image: Image.Image, texts: Sequence[str], size: int, left: floa
     return canvas
 
 
-def draw_trajectory(frames: Sequence[Tensor], captions: Sequence[str] = (), count: int = 12) -> Image.Image:
-    """Draw up to `count` frames with captions: a row per image with a column per frame, or scatter plots in rows."""
-    chosen = evenly_spaced_indices(len(frames), count)
+def draw_trajectory(frames: Sequence[Tensor], captions: Sequence[str] = ()) -> Image.Image:
+    """Draw up to 12 frames with captions: a row per image with a column per frame, or scatter plots in rows."""
+    chosen = evenly_spaced_indices(len(frames), 12)
     shown, texts = [frames[i] for i in chosen], [captions[i] for i in chosen] if captions else []
     if shown[0].ndim == 2:
         plots = _scatter_frames(shown, size=2.2)
@@ -181,9 +181,9 @@ def _scatter_frames(frames: Sequence[Tensor], size: float) -> list[Image.Image]:
     return [scatter(frame, limits=limits, size=size) for frame in frames]
 
 
-def save_gif(frames: Sequence[Tensor], path: Path, count: int = 40) -> None:
-    """Save an animation of up to `count` frames; it pauses on the last one."""
-    chosen = [frames[i] for i in evenly_spaced_indices(len(frames), count)]
+def save_gif(frames: Sequence[Tensor], path: Path) -> None:
+    """Save an animation of up to 40 frames; it pauses on the last one."""
+    chosen = [frames[i] for i in evenly_spaced_indices(len(frames), 40)]
     shown = _scatter_frames(chosen, size=4.0) if chosen[0].ndim == 2 else list(map(image_grid, chosen))
     durations = [60] * (len(shown) - 1) + [2000]
     shown[0].save(path, save_all=True, append_images=shown[1:], duration=durations, loop=0)

@@ -259,3 +259,15 @@ def test_optimizers_of_other_packages_may_have_three_betas():
     check_value("optimizer.betas", [0.98, 0.92, 0.99], "adan.Adan.betas")
     with pytest.raises(UsageError, match=r"optimizer\.betas"):
         check_value("optimizer.betas", [0.98, 0.92, 0.99], "torch.optim.AdamW.betas")
+
+
+def test_cached_compositions_notice_changes():
+    from hydra.core.config_store import ConfigStore
+
+    for lr in (0.5, 0.25):
+        ConfigStore.instance().store(group="optimizer", name="stored", node={"_target_": "torch.optim.SGD", "lr": lr})
+        cfg = compose("train", "optimizer=stored")
+        assert cfg.optimizer.lr == lr
+        cfg.optimizer.lr = 7  # of this copy only
+    assert compose("train", "optimizer=stored").optimizer.lr == 0.25
+    del ConfigStore.instance().repo["optimizer"]

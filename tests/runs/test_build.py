@@ -1,9 +1,11 @@
 """Resolve and build: the configuration is read, resolved on a copy, and instantiated."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.config.search_path import CONF
 from src.errors import UsageError
@@ -45,6 +47,27 @@ def test_build_raises_the_error_of_the_constructor(tmp_path):
     ):
         with pytest.raises(ValueError, match=wrong):
             build(compose("train", *TINY, wrong, f"run_dir='{tmp_path}'"))
+
+
+@pytest.mark.parametrize("more", [[], ["data.microbatch_size=5"], ["trainer.accumulate_grad_batches=4"]])
+def test_default_batch_size_is_lowered_to_small_data(tmp_path, monkeypatch, more):
+    def resolved(*typed: str, before: int | None = None) -> DictConfig:
+        task = SimpleNamespace(overrides=SimpleNamespace(task=[*settings, *typed]))
+        monkeypatch.setattr(HydraConfig, "get", lambda: task)
+        cfg = compose("train", *settings, *typed)
+        if before is not None:
+            return resolve(cfg, None, {"hyper_parameters": {**cfg, "data": {**cfg.data, "batch_size": before}}}).data
+        return resolve(cfg, data, None).data
+
+    settings = ["data=points", "data.num_samples=41", "trainer.accelerator=cpu", f"run_dir='{tmp_path}'", *more]
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+    data = instantiate_node(compose("train", *settings).data)
+    with pytest.warns(UserWarning, match="instead of 512"):
+        size = resolved().batch_size
+    parts = {"data.microbatch_size=5": 5, "trainer.accumulate_grad_batches=4": 4}.get("".join(more), 1)
+    assert size == max(n for n in range(len(data.train_indices) + 1) if n % parts == 0)
+    assert resolved("++data.batch_size=60").batch_size == 60  # which the sampler refuses
+    assert resolved(before=size).batch_size == size
 
 
 def test_build_leaves_the_configuration_unchanged(tmp_path):

@@ -381,7 +381,6 @@ def test_checkpoint_of_another_network_is_refused(trained, tmp_path):
         (["trainer.accelerator=gpu"], "trainer.accelerator=gpu"),
         (["trainer.devices=0"], "trainer.devices=0"),
         (["+trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
-        (["trainer.max_epochs=3"], "set trainer.max_steps"),
         (["callbacks.ema.decay=1.5"], "callbacks.ema.decay=1.5"),
         (["schedule=custom", "schedule.betas=nowhere.csv"], "nowhere.csv"),
         (["data=mnist", "data.root={tmp}"], "data"),

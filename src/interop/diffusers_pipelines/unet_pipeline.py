@@ -200,7 +200,7 @@ class UNetPipeline(DiffusionPipeline):  # type: ignore[misc]
         return torch.tensor(ids, device=self._execution_device)
 
     def class_index(self, value: int | str | None) -> int:
-        """Return the index of a class; that of no class is the number of classes."""
+        """Return the index of a class, or the number of classes for no class."""
         names = list(self.config.id2label.values())
         if value is None:
             return len(names)

@@ -7,9 +7,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from src.data.module import BaseDataModule
 from src.training.autoencoder import AutoencoderModule
-from src.training.checkpoint_io import tolerate_full_disk
-from src.training.loggers import log_picture
-from src.training.pictures import draw_reconstructions
+from src.training.pictures import draw_reconstructions, save_at_step
 
 
 class Reconstructions(L.Callback):
@@ -31,9 +29,5 @@ class Reconstructions(L.Callback):
         assert isinstance(pl_module, AutoencoderModule) and isinstance(data, BaseDataModule)
         with data.reading_on_one_rank():
             picture = draw_reconstructions(pl_module, data, self.num_samples) if trainer.is_global_zero else None
-        if picture is None:
-            return
-        with tolerate_full_disk(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            picture.save(self.directory / f"step_{trainer.global_step:06d}.png")
-        log_picture(trainer, "samples", picture)
+        if picture is not None:
+            save_at_step(self.directory, trainer, picture)

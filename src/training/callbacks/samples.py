@@ -7,9 +7,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from src.data.module import BaseDataModule
 from src.training.callbacks.graceful_shutdown import check_stop_requested
-from src.training.checkpoint_io import tolerate_full_disk
-from src.training.loggers import log_picture
 from src.training.module import DiffusionModule
+from src.training.pictures import save_at_step
 from src.viz.images import draw_samples
 
 
@@ -38,7 +37,4 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         picture = draw_samples(data.postprocess(samples), real, data.titles(self.num_samples), data.columns)
-        with tolerate_full_disk(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            picture.save(self.directory / f"step_{trainer.global_step:06d}.png")
-        log_picture(trainer, "samples", picture)
+        save_at_step(self.directory, trainer, picture)
