@@ -18,11 +18,11 @@ JPEG2000_MARKS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 
 
 class Png16(NamedTuple):
-    """An upright image (H, W, C) of uint16; `alpha` says whether the last channel is opacity."""
+    """An upright image (H, W, C) of uint16; `alpha` says whether the last channel is opacity, `info` is Pillow's."""
 
     pixels: Array
     alpha: bool
-    profile: bytes | None
+    info: dict[Any, Any]
 
 
 def decode_png16(stream: BinaryIO) -> Png16:
@@ -30,7 +30,7 @@ def decode_png16(stream: BinaryIO) -> Png16:
     with Image.open(stream) as image:
         *place, args = image.tile[0]
         mode = str(args)
-        key, profile = image.info.get("transparency"), image.info.get("icc_profile")
+        info, key = image.info, image.info.get("transparency")
         orientation = image.getexif().get(274, 1)
     # Gray with opacity has as many bytes as RGBA of 8 bits. Of colors, "L" (little-endian) takes the lower byte.
     parts = []
@@ -46,7 +46,7 @@ def decode_png16(stream: BinaryIO) -> Png16:
     if key is not None and not alpha:
         opacity = np.where((pixels == np.array(key)).all(-1, keepdims=True), 0, 65535).astype(np.uint16)
         pixels, alpha = np.concatenate([pixels, opacity], axis=-1), True
-    return Png16(upright(pixels, orientation), alpha, profile)
+    return Png16(upright(pixels, orientation), alpha, info)
 
 
 def decode_netpbm(contents: bytes) -> Array:
