@@ -89,12 +89,9 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
             decoded = _from_tiff(stream, pages)
         case "png16":
             decoded = _from_png16(stream)
-        case "netpbm16":
-            decoded = _without_alpha(decode_netpbm(stream.read()), rgb=True)
-        case "jpeg2000":
-            decoded = _without_alpha(decode_jpeg2000(stream.read()), rgb=True)
-        case "fits":
-            decoded = _without_alpha(decode_fits(stream.read()), rgb=False)
+        case "netpbm16" | "jpeg2000" | "fits" as kind:
+            read = {"netpbm16": decode_netpbm, "jpeg2000": decode_jpeg2000, "fits": decode_fits}[kind]
+            decoded = _without_alpha(read(stream.read()), rgb=kind != "fits")
         case "other":
             decoded = _from_pillow(stream, pages, at_least)
     return _check_values(decoded)
@@ -110,11 +107,11 @@ def _kind(stream: BinaryIO) -> Kind:
         return "numpy"
     if start[:4] in TIFF_MARKS:
         return "tiff"
-    if start.startswith(b"\x89PNG"):
+    if is_png := start.startswith(b"\x89PNG"):
         head, _, codes = start.partition(b"IDAT")[0].partition(b"cICP")
         if codes and b"iCCP" not in head + codes and (codes[0] != 1 or codes[1] not in (1, 6, 13)):
             raise ValueError(f"its colors are not sRGB (cICP {codes[0]}, {codes[1]}); convert it to sRGB")
-    if start.startswith(b"\x89PNG") and start[24:25] == b"\x10":
+    if is_png and start[24:25] == b"\x10":
         return "png16"
     if (header := NETPBM_HEADER.match(start)) is not None and int(header[4]) > 255:
         return "netpbm16"

@@ -50,7 +50,10 @@ def is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
 
 
 def colors_to_srgb(pixels: Array, profile: bytes | None) -> Array:
-    """Convert the colors of RGB or RGBA (H, W, C) of 16 bits to sRGB; return other images unchanged."""
+    """Convert the colors of RGB or RGBA (H, W, C) of 16 bits to sRGB; return other images unchanged.
+
+    Raises ValueError without imagecodecs.
+    """
     if profile is None or pixels.shape[-1] < 3 or pixels.dtype != np.uint16:
         return pixels
     try:
@@ -58,7 +61,11 @@ def colors_to_srgb(pixels: Array, profile: bytes | None) -> Array:
             return pixels
     except (ImageCms.PyCMSError, OSError):
         return pixels
-    return np.concatenate([_to_srgb16(pixels[..., :3], profile), pixels[..., 3:]], axis=-1)
+    with optional_package("the color profile of 16-bit images", "imagecodecs"):
+        import imagecodecs
+    colors, srgb = np.ascontiguousarray(pixels[..., :3]), imagecodecs.cms_profile("srgb")
+    converted = imagecodecs.cms_transform(colors, profile, srgb, colorspace="rgb", outcolorspace="rgb")
+    return np.concatenate([converted, pixels[..., 3:]], axis=-1)
 
 
 def gamma_to_srgb(pixels: Array, alpha: bool, info: Mapping[Any, Any]) -> Array:
@@ -72,14 +79,3 @@ def gamma_to_srgb(pixels: Array, alpha: bool, info: Mapping[Any, Any]) -> Array:
     colors = pixels.shape[-1] - alpha
     table = np.rint(srgb * largest).astype(pixels.dtype)
     return np.concatenate([table[pixels[..., :colors]], pixels[..., colors:]], axis=-1)
-
-
-def _to_srgb16(pixels: Array, profile: bytes) -> Array:
-    """Convert the colors of (H, W, 3) uint16 from a color profile to sRGB. Raises ValueError without imagecodecs."""
-    with optional_package("the color profile of 16-bit images", "imagecodecs"):
-        import imagecodecs
-    srgb = imagecodecs.cms_profile("srgb")
-    converted: Array = imagecodecs.cms_transform(
-        np.ascontiguousarray(pixels), profile, srgb, colorspace="rgb", outcolorspace="rgb"
-    )
-    return converted

@@ -156,11 +156,12 @@ def _in_folders(names: Sequence[str]) -> Iterable[Masks]:
             for each in image_folders.intersection(parents):
                 stems[each].add(_stem(name))
     known = {folder: set().union(*(stems[each] for each in images)) for folder, images in beside.items()}
+    shorter = {folder: {*map(_shorter, each)} for folder, each in known.items()}
     kinds: dict[str, Masks] = {}
     for name, folder in files:
         kind = kinds.setdefault(folder.rpartition("/")[2], Masks([], [], beside[folder][0]))
         kind.files.append(name)
-        if len(known[folder]) == 1 or _stem(name) in known[folder] | {_shorter(each) for each in known[folder]}:
+        if len(known[folder]) == 1 or (stem := _stem(name)) in known[folder] or stem in shorter[folder]:
             kind.paired.append(name)
     return kinds.values()
 

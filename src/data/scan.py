@@ -180,13 +180,10 @@ def _without_test_images(
     splits = splits_of([file.name for file in files])
     if splits is None:
         return files, [None] * len(files)
-    used = []
     for file, split in zip(files, splits, strict=True):
-        if split in ("train", "validation"):
-            used.append((file, split))
-        else:
-            reason = "for testing" if split == "test" else "outside of the splits"
-            left_out.setdefault(reason, []).append(file.name)
+        if split in ("test", None):
+            left_out.setdefault("for testing" if split else "outside of the splits", []).append(file.name)
+    used = [(file, split) for file, split in zip(files, splits, strict=True) if split in ("train", "validation")]
     return [file for file, _ in used], [split for _, split in used]
 
 

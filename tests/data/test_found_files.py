@@ -331,6 +331,12 @@ def test_backslashes_in_archives_separate_folders(tmp_path):
     assert list(found.names) == [*files] and [found.open(k).read() for k in range(2)] == [*files.values()]
 
 
+def test_names_in_archives_may_start_with_a_dot_and_a_slash(tmp_path):
+    save(tmp_path, "1.png")
+    archive = zip_of(tmp_path / "x.zip", **{"./a/1.png": (tmp_path / "1.png").read_bytes()})
+    assert list(find(archive).names) == ["a/1.png"]
+
+
 @pytest.mark.parametrize("packed", ["zip", "tar", "gztar"])
 def test_replaced_files_of_archives_are_reported(tmp_path, packed):
     """The last of several files with one name is the current one, as after an update of the archive."""

@@ -14,6 +14,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from src.data import masks
 from src.data.captions import captioned
 from src.data.folder import find, folder
 from src.data.image_source import ImageSource
@@ -425,6 +426,14 @@ def test_masks_may_be_channels(tmp_path):
     assert len(source) == 3 and source.fetch([1])[0, 3].equal(
         folder(str(tmp_path / "masks"), SHAPE, 1).fetch([1])[0, 0]
     )
+
+
+def test_names_of_images_are_parsed_once(monkeypatch):
+    """Not once per mask, which takes hours for 100,000."""
+    calls = []
+    monkeypatch.setattr(masks, "_shorter", lambda stem: calls.append(stem) or stem)
+    masks.find_masks(Path("missing"), [f"{name}/{k}.png" for name in ("images", "masks") for k in range(50)])
+    assert len(calls) <= 100
 
 
 # Degraded versions of images
