@@ -67,6 +67,13 @@ def foreign_format(stream: BinaryIO) -> tuple[str, str] | None:
     return next((known for mark, known in FOREIGN.items() if start.startswith(mark)), None)
 
 
+def check_format(stream: BinaryIO) -> None:
+    """Raise ValueError if a file has a format that is not decoded, such as a Git LFS pointer."""
+    if known := foreign_format(stream):
+        raise ValueError(f"it is {known[0]}; {known[1]}")
+    stream.seek(0)
+
+
 def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None, channels: int = 0) -> Decoded:
     """Return the image in a file of any name.
 
@@ -221,9 +228,8 @@ def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None, page: int
         stream.seek(4)
         heif = stream.read(8) in HEIF_BRANDS and "HEIF" not in Image.OPEN
         stream.seek(0)
-        known = foreign_format(stream)
-        reason = f"it is {known[0]}; {known[1]}" if known else "its format is unknown"
-        raise ValueError("HEIC needs: pip install pillow-heif" if heif else reason) from error
+        check_format(stream)
+        raise ValueError("HEIC needs: pip install pillow-heif" if heif else "its format is unknown") from error
     with image:
         frames = getattr(image, "n_frames", 1)
         if page:

@@ -73,7 +73,11 @@ def find_images(
         used = _without(of_images, "masks beside images", used, left_out)
         degraded = find_degraded(root, [file.name for file in used])
         used = _without(degraded, "degraded versions of images", used, left_out)
-    left_out = {_named(root, reason, names): names for reason, names in left_out.items()}
+    if root.is_dir():
+        left_out = {
+            _named(root / names[0], reason) if reason.startswith(("of type", "without ending")) else reason: names
+            for reason, names in left_out.items()
+        }
     used, splits = _without_test_images(used, left_out)
     warn_of_masks(root, doubtful, {file.name for file in used} if doubtful else ())
     _warn_of_held_out(root, [file.name for file in used], splits)
@@ -107,7 +111,8 @@ def _list_files(root: Path, left_out: dict[str, list[str]]) -> list[_File]:
             left_out["replaced by later files of the same names in the archive"] = list(replaced)
         return [_File(name, size, time) for name, size in sizes.items()]
     if root.suffix.lower() in (".zip", ".tar", ".tgz", ".gz"):
-        raise ValueError(f"{root} is damaged or incomplete: it cannot be read as an archive")
+        reason = _named(root, "damaged or incomplete")
+        raise ValueError(f"{root} is {reason}: it cannot be read as an archive")
     raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
 
 
@@ -157,11 +162,9 @@ def _reason_to_leave_out(
     return "used for validation" if in_val_root is not None and in_val_root(name) else None
 
 
-def _named(root: Path, reason: str, names: Sequence[str]) -> str:
-    """Return why files are left out, with the format of the first if it is one that is not decoded."""
-    if not reason.startswith(("of type", "without ending")) or not root.is_dir():
-        return reason
-    with suppress(OSError), (root / names[0]).open("rb") as stream:
+def _named(file: Path, reason: str) -> str:
+    """Return why a file is not used, with its format if it is one that is not decoded."""
+    with suppress(OSError), file.open("rb") as stream:
         if known := foreign_format(stream):
             return f"{reason}, {known[0]}: {known[1]}"
     return reason

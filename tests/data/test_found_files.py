@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from src.data.array_files import open_numpy
+from src.data.array_files import open_numpy, read_file
 from src.data.array_folders import find_arrays
 from src.data.captions import captioned
 from src.data.conditions import Classes
@@ -287,6 +287,17 @@ def test_formats_that_are_not_read_are_named(tmp_path, contents, suffixes, name)
         with pytest.raises(DataReadError) if suffix in image_suffixes() else nullcontext() as error:
             source = folder(str(root), SHAPE, 1, cache_dir=str(root / ".cache"))
         assert name in (str(error.value) if error else source.summary)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.zip"])
+def test_pointers_to_other_files_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        open_numpy(tmp_path / name) if name == "a.npy" else find(str(tmp_path / name))
+    if name == "a.npy":
+        shutil.copy(tmp_path / name, tmp_path / "b.npy")
+        with pytest.raises(DataReadError, match="git lfs pull"):
+            read_file(find_arrays(tmp_path), 0)
 
 
 @pytest.mark.parametrize(
