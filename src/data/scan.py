@@ -82,13 +82,7 @@ def find_images(
     warn_of_masks(root, doubtful, {file.name for file in used} if doubtful else ())
     _warn_of_held_out(root, [file.name for file in used], splits)
     if not used:
-        others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
-        examples = ".png, .jpg or .npy" if noun == "image" else ".npy, .wav or .nii.gz"
-        kept = {suffix_of(name) for names in left_out.values() for name in names} | {suffix_of(root.name)}
-        fix = "; save the arrays in it by numpy.save" if kept & CONTAINERS else ""
-        if noun == "image" and ".tar" in kept and root.is_dir():
-            fix = f"; for shards type data=webdataset {format_override('data.urls', str(root / '*.tar'))}"
-        raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else "") + fix)
+        raise ValueError(_describe_absence(root, noun, left_out))
     sizes, times = (np.array([file[k] for file in used], np.int64) for k in (1, 2))
     return FoundImages(
         (root,),
@@ -99,6 +93,17 @@ def find_images(
         np.array([split == "validation" for split in splits]) if "validation" in splits else None,
         left_out,
     )
+
+
+def _describe_absence(root: Path, noun: str, left_out: dict[str, list[str]]) -> str:
+    """Return the message for a folder or archive without images, with the reasons and a fix."""
+    others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
+    examples = ".png, .jpg or .npy" if noun == "image" else ".npy, .wav or .nii.gz"
+    kept = {suffix_of(name) for names in left_out.values() for name in names} | {suffix_of(root.name)}
+    fix = "; save the arrays in it by numpy.save" if kept & CONTAINERS else ""
+    if noun == "image" and ".tar" in kept and root.is_dir():
+        fix = f"; for shards type data=webdataset {format_override('data.urls', str(root / '*.tar'))}"
+    return f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else "") + fix
 
 
 def _list_files(root: Path, left_out: dict[str, list[str]]) -> list[_File]:
