@@ -1,4 +1,4 @@
-"""Names of settings in other libraries; typing one of them prints a hint."""
+"""Names of settings in other libraries and in earlier versions of this one; typing one of them prints a hint."""
 
 import re
 from collections.abc import Collection
@@ -33,7 +33,7 @@ FOREIGN_NAMES = {
     "run runs": "resume",
     "diffusion.clip_x0": "clip_denoised",
     "data": "dataset",
-    "schedule.num_steps num_steps": "ddpm_num_steps diffusion_steps num_timesteps num_train_timesteps timesteps T",
+    "schedule.num_steps num_steps": "ddpm_num_steps diffusion_steps num_timesteps num_train_timesteps T",
     "callbacks.ema.decay": "ema_decay ema_max_decay ema_rate",
     "callbacks.best": "callbacks.model_checkpoint",
     "trainer.devices devices": "gpus trainer.gpus",
@@ -47,7 +47,6 @@ FOREIGN_NAMES = {
     "optimizer.weight_decay": "adam_weight_decay",
     "lr_scheduler": "model.scheduler",
     "lr_scheduler.warmup_steps": "lr_warmup_steps",
-    "loss": "objective",
     "loss.type": "loss_type",
     "trainer.precision precision": "mixed_precision",
     "sampler": "solver",
@@ -66,9 +65,83 @@ FOREIGN_NAMES = {
 }
 """Names by the setting to type instead; if several settings, the first that the command has."""
 
-OTHER_KEYS = {name: setting for setting, names in FOREIGN_NAMES.items() for name in names.split()}
+EARLIER_NAMES = {
+    "diffusion": "process",
+    "diffusion.clip_x0": "process.clip",
+    "diffusion.dynamic_threshold": "process.dynamic_clip",
+    "loss": "objective",
+    "loss.type": "objective.error",
+    "timestep_sampler schedule.num_steps": "timesteps",
+    "timestep_sampler.uniform_prob": "timesteps.floor",
+    "timestep_sampler.history_per_bin": "timesteps.history",
+    "timestep_sampler.num_bins": "timesteps.bins",
+    "timestep_sampler.warp.std": "timesteps.warp.deviation",
+    "conditioning.cond_drop_prob": "conditioning.drop",
+    "conditioning.encode.std": "conditioning.encode.deviation",
+    "conditioning.encode.max_length": "conditioning.encode.length",
+    "conditioning.encode.vocab_size": "conditioning.encode.vocabulary",
+    "conditioning.embed.vocab_size": "conditioning.embed.vocabulary",
+    "conditioning.embed.max_length": "conditioning.embed.length",
+    "conditioning.embed.hidden_size": "conditioning.embed.width",
+    "conditioning.embed.num_layers": "conditioning.embed.layers",
+    "conditioning.embed.num_heads": "conditioning.embed.heads",
+    "conditioning.embed.num_classes": "conditioning.embed.classes",
+    "conditioning.embed.num_covariates": "conditioning.embed.values",
+    "guidance.model": "guidance.weak",
+    "sampler.s_churn": "sampler.churn",
+    "sampler.s_tmin": "sampler.churn_min",
+    "sampler.s_tmax": "sampler.churn_max",
+    "sampler.s_noise": "sampler.churn_noise",
+    "model.channel_mult": "model.multipliers",
+    "model.num_res_blocks": "model.blocks",
+    "model.model_channels model.hidden_size": "model.width",
+    "model.attention_resolutions": "model.attention",
+    "model.num_heads": "model.heads",
+    "model.num_head_channels": "model.head_channels",
+    "model.resblock_updown": "model.resample_blocks",
+    "model.gradient_checkpointing": "model.checkpointing",
+    "model.patch_size": "model.patch",
+    "model.time_conditioning": "model.conditioning",
+    "data.num_values": "data.levels",
+    "data.microbatch_size": "data.micro_batch",
+    "data.condition_columns": "data.given",
+    "data.std": "data.deviation",
+    "data.source.stds": "data.source.deviations",
+    "optimized_metric": "optimize",
+    "neighbors": "neighbours",
+    "neighbors.num_samples": "neighbours.samples",
+    "neighbors.num_candidates": "neighbours.among",
+    "alignment.detector_steps": "alignment.judge_steps",
+    "reference": "against",
+    "max_features": "keep",
+    "num_memorization": "near",
+    "num_val": "held_out",
+    "num_terms": "links",
+    "callbacks.run_info": "callbacks.beginning",
+    "callbacks.graceful_shutdown": "callbacks.stop",
+    "callbacks.graceful_shutdown.check_interval_s": "callbacks.stop.seconds",
+    "callbacks.checkpoint_every": "callbacks.every",
+    "callbacks.nan_guard": "callbacks.guard",
+    "callbacks.nan_guard.max_rollbacks": "callbacks.guard.rewinds",
+    "callbacks.nan_guard.lr_factor": "callbacks.guard.factor",
+    "callbacks.wandb_artifact": "callbacks.artifact",
+    "callbacks.throughput": "callbacks.speed",
+    "callbacks.samples.num_samples": "callbacks.samples.count",
+    "callbacks.bits_per_dim.num_samples": "callbacks.bits_per_dim.samples",
+    "callbacks.bits_per_dim.num_terms": "callbacks.bits_per_dim.links",
+    "callbacks.loss_by_noise.num_bins": "callbacks.loss_by_noise.bins",
+}
+"""Names in earlier versions, by the name of today."""
+
+OTHER_KEYS = {
+    name: setting
+    for table in (FOREIGN_NAMES, EARLIER_NAMES)
+    for setting, names in table.items()
+    for name in names.split()
+}
 
 FOREIGN_OPTIONS = {
+    "conditioning=measured": "conditioning=continuous",
     "debug=default": "debug=fast_dev_run",
     "loss=huber": "loss=simple loss.type=huber",
     "loss=l1": "loss=simple loss.type=l1",

@@ -102,7 +102,7 @@ def _open_once(path: Path, size: int, time: int, process: int) -> _Archive:
         zipped = zipfile.ZipFile(path)
         if all(each.flag_bits & 1 for each in zipped.infolist() if not each.is_dir()):  # the first bit: encrypted
             raise ValueError(f"{path} is encrypted or empty; unpack it into a folder")
-        stored = [(each.filename, each) for each in zipped.infolist() if not each.is_dir()]
+        stored = [(each.filename.removeprefix("./"), each) for each in zipped.infolist() if not each.is_dir()]
         if not any("/" in name for name, _ in stored):  # some programs for Windows write backslashes between folders
             stored = [(name.replace("\\", "/"), each) for name, each in stored if not name.endswith("\\")]
         files = dict(stored)

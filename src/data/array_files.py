@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from src.data.decode import ARRAY_SUFFIXES
+from src.data.decode import ARRAY_SUFFIXES, check_format
 from src.data.decoded import Array
 from src.data.found_images import FoundImages
 from src.data.read_errors import read_with_retries
@@ -102,6 +102,8 @@ def open_numpy(path: Path, key: str | None = None, setting: str = "data.root", k
         names = names_in_npz(path)
         problem = None if names is None else _problem_with_key(names, key)
         if names is None:
+            with path.open("rb") as stream:
+                check_format(stream)
             array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
         elif problem is None:
             array = _open_npz(path, key or names[0])
@@ -163,6 +165,7 @@ def read_file(found: FoundImages, index: int, key: str | None = None) -> Sample:
 
 def _read_file(found: FoundImages, index: int, key: str | None) -> Sample:
     with found.open(index) as stream:
+        check_format(stream)
         suffix = array_suffix(found.names[index])
         if suffix in AUDIO_SUFFIXES:
             sample = _read_audio(stream)

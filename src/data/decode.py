@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 from tifffile import TiffFile
 
-from src.data.decoded import Array, Decoded, Pages, colors_to_srgb, is_srgb
+from src.data.decoded import Array, Decoded, Pages, colors_to_srgb, gamma_to_srgb, is_srgb
 from src.data.deep_images import (
     JPEG2000_MARKS,
     NETPBM_HEADER,
@@ -33,6 +33,16 @@ NOT_IMAGES = {".bufr", ".emf", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", "
 """Suffixes that Pillow registers for formats that it does not decode into pixels by itself."""
 
 
+FOREIGN = {
+    b"PF\n": ("color PFM", "convert it to TIFF"),
+    b"P7\n": ("PAM", "convert it to PNG"),
+    b"\xff\x0a": ("JPEG XL", "convert it to PNG"),
+    b"\0\0\0\x0cJXL ": ("JPEG XL", "convert it to PNG"),
+    b"version https://git-lfs": ("a Git LFS pointer", "run git lfs pull"),
+}
+"""The first bytes of formats that are not decoded, with their names and what to do."""
+
+
 @cache
 def image_suffixes() -> frozenset[str]:
     """Return the suffixes, in lower case, of the formats that `decode` reads."""
@@ -49,6 +59,19 @@ def looks_like_image(file: Path) -> bool:
             return True
     except Exception:  # decoders raise almost anything on other contents
         return False
+
+
+def foreign_format(stream: BinaryIO) -> tuple[str, str] | None:
+    """Return the name of a format that is not decoded, and what to do; None for other formats."""
+    start = stream.read(32)
+    return next((known for mark, known in FOREIGN.items() if start.startswith(mark)), None)
+
+
+def check_format(stream: BinaryIO) -> None:
+    """Raise ValueError if a file has a format that is not decoded, such as a Git LFS pointer."""
+    if known := foreign_format(stream):
+        raise ValueError(f"it is {known[0]}; {known[1]}")
+    stream.seek(0)
 
 
 def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None, channels: int = 0) -> Decoded:
@@ -73,19 +96,16 @@ def decode(stream: BinaryIO, pages: Pages = "first", at_least: int | None = None
             decoded = _from_tiff(stream, pages)
         case "png16":
             decoded = _from_png16(stream)
-        case "netpbm16":
-            decoded = _without_alpha(decode_netpbm(stream.read()), rgb=True)
-        case "jpeg2000":
-            decoded = _without_alpha(decode_jpeg2000(stream.read()), rgb=True)
-        case "fits":
-            decoded = _without_alpha(decode_fits(stream.read()), rgb=False)
+        case "netpbm16" | "jpeg2000" | "fits" as kind:
+            read = {"netpbm16": decode_netpbm, "jpeg2000": decode_jpeg2000, "fits": decode_fits}[kind]
+            decoded = _without_alpha(read(stream.read()), rgb=kind != "fits")
         case "other":
             decoded = _from_pillow(stream, pages, at_least)
     return _check_values(decoded)
 
 
 def _kind(stream: BinaryIO) -> Kind:
-    """Return which decoder an opened file needs, by its first bytes."""
+    """Return which decoder an opened file needs, by its first bytes. Raises ValueError for a PNG in other colors."""
     start = stream.read(4096)
     stream.seek(0)
     if not start:
@@ -94,7 +114,11 @@ def _kind(stream: BinaryIO) -> Kind:
         return "numpy"
     if start[:4] in TIFF_MARKS:
         return "tiff"
-    if start.startswith(b"\x89PNG") and start[24:25] == b"\x10":
+    if is_png := start.startswith(b"\x89PNG"):
+        head, _, codes = start.partition(b"IDAT")[0].partition(b"cICP")
+        if codes and b"iCCP" not in head + codes and (codes[0] != 1 or codes[1] not in (1, 6, 13)):
+            raise ValueError(f"its colors are not sRGB (cICP {codes[0]}, {codes[1]}); convert it to sRGB")
+    if is_png and start[24:25] == b"\x10":
         return "png16"
     if (header := NETPBM_HEADER.match(start)) is not None and int(header[4]) > 255:
         return "netpbm16"
@@ -147,8 +171,10 @@ def _without_alpha(array: Array, rgb: bool) -> Decoded:
 
 
 def _from_png16(stream: BinaryIO) -> Decoded:
-    pixels, alpha, profile = decode_png16(stream)
-    return Decoded.of(colors_to_srgb(pixels, profile), alpha, pixels.shape[2] > 2)
+    pixels, alpha, info = decode_png16(stream)
+    if is_rgb := pixels.shape[2] > 2:
+        pixels = gamma_to_srgb(colors_to_srgb(pixels, info.get("icc_profile")), alpha, info)
+    return Decoded.of(pixels, alpha, is_rgb)
 
 
 def decode_frames(stream: BinaryIO) -> Iterator[Decoded]:
@@ -201,6 +227,8 @@ def _from_pillow(stream: BinaryIO, pages: Pages, at_least: int | None, page: int
     except UnidentifiedImageError as error:
         stream.seek(4)
         heif = stream.read(8) in HEIF_BRANDS and "HEIF" not in Image.OPEN
+        stream.seek(0)
+        check_format(stream)
         raise ValueError("HEIC needs: pip install pillow-heif" if heif else "its format is unknown") from error
     with image:
         frames = getattr(image, "n_frames", 1)
@@ -234,7 +262,7 @@ def from_pillow(image: Image.Image) -> Decoded:
 
 def _pixels(image: Image.Image) -> tuple[Array, bool]:
     """Return the pixels (H, W, C) of a Pillow image, upright and in sRGB, and whether the last channel is opacity."""
-    profile = image.info.get("icc_profile")
+    info, profile = image.info, image.info.get("icc_profile")
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         array = np.asarray(image)
@@ -247,7 +275,7 @@ def _pixels(image: Image.Image) -> tuple[Array, bool]:
     if image.mode != mode:
         # Pillow converts a transparent color of gray images only to RGBA.
         image = image.convert("RGBA").convert("LA") if mode == "LA" and image.mode != "La" else image.convert(mode)
-    return np.atleast_3d(np.asarray(image)), alpha
+    return gamma_to_srgb(np.atleast_3d(np.asarray(image)), alpha, info), alpha
 
 
 def _to_srgb(image: Image.Image, profile: bytes, alpha: bool) -> Image.Image:

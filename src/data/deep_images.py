@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from PIL import Image
@@ -17,20 +17,15 @@ JPEG2000_MARKS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 """The first bytes of a JPEG 2000 file, and of its codestream, which has the number of bits at byte 42."""
 
 
-class Png16(NamedTuple):
-    """An upright image (H, W, C) of uint16; `alpha` says whether the last channel is opacity."""
+def decode_png16(stream: BinaryIO) -> tuple[Array, bool, dict[Any, Any]]:
+    """Decode a PNG with 16 bits per channel, of which Pillow keeps the upper 8 if it has color or opacity.
 
-    pixels: Array
-    alpha: bool
-    profile: bytes | None
-
-
-def decode_png16(stream: BinaryIO) -> Png16:
-    """Decode a PNG with 16 bits per channel, of which Pillow keeps the upper 8 if it has color or opacity."""
+    Returns upright pixels (H, W, C) of uint16, whether the last channel is opacity, and what Pillow knows of the file.
+    """
     with Image.open(stream) as image:
         *place, args = image.tile[0]
         mode = str(args)
-        key, profile = image.info.get("transparency"), image.info.get("icc_profile")
+        info, key = image.info, image.info.get("transparency")
         orientation = image.getexif().get(274, 1)
     # Gray with opacity has as many bytes as RGBA of 8 bits. Of colors, "L" (little-endian) takes the lower byte.
     parts = []
@@ -46,7 +41,7 @@ def decode_png16(stream: BinaryIO) -> Png16:
     if key is not None and not alpha:
         opacity = np.where((pixels == np.array(key)).all(-1, keepdims=True), 0, 65535).astype(np.uint16)
         pixels, alpha = np.concatenate([pixels, opacity], axis=-1), True
-    return Png16(upright(pixels, orientation), alpha, profile)
+    return upright(pixels, orientation), alpha, info
 
 
 def decode_netpbm(contents: bytes) -> Array:

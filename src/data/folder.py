@@ -166,7 +166,7 @@ def folder(
         class_depth: the number of folders, from the top, whose names are the class of an image; `all` takes the path.
         condition_columns: columns of numbers in `labels`, for conditioning=continuous.
         channel_pattern, channel_names: the files that are the channels of one image, see `src.data.multi_file.combine`.
-        masks: use masks, labels and depth maps beside images, see `src.data.masks`, as images; False leaves them out.
+        masks: use masks, depth maps and degraded versions beside images, see `src.data.masks`; False leaves them out.
         fit, background, pages: how images become (channels, H, W): see `ImageSpec`.
         value_range: the values that become -1 and 1; None finds them.
         skip_unreadable: leave out images that cannot be read, up to a tenth of all, or up to this share.

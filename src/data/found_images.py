@@ -4,6 +4,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.data.archives import open_member
+from src.data.decode import HEIF_SUFFIXES
 from src.data.encoded import EncodedImages, Names, keep_rows
 from src.errors import counted, first_names, format_override, printable
 
@@ -72,7 +74,10 @@ class FoundImages:
             return self.names
         prefixes = [f"{k}/" if len(self.roots) > 1 else "" for k in range(len(self.roots))]
         named = zip(self.which, self.names, strict=True)
-        return Names(unicodedata.normalize("NFC", f"{prefixes[k]}{name}") for k, name in named)
+        stored = [f"{prefixes[k]}{name}" for k, name in named]
+        taken = {*stored}  # a name in form D beside the same one in form C is another file
+        composed = [unicodedata.normalize("NFC", name) for name in stored]
+        return Names(name if new in taken else new for name, new in zip(stored, composed, strict=True))
 
     def keep(self, chosen: Sequence[bool] | npt.NDArray[np.bool_], reason: str) -> Self:
         """Return the chosen images; the others are left out for `reason`."""
@@ -161,7 +166,18 @@ def describe(found: EncodedImages, classes: Sequence[str] | None, noun: str = "i
             for reason, names in found.left_out.items()
         )
         text += f"; left out: {', '.join(parts)}"
-    return text
+    return text + _describe_depth(found)
+
+
+def _describe_depth(found: EncodedImages) -> str:
+    """Return the part of the summary about AVIF and HEIC files of more than 8 bits, if one of at most nine is such."""
+    files = [k for k, name in enumerate(found.names) if suffix_of(name) in HEIF_SUFFIXES | {".avif"}]
+    for k in files[:: max(1, -(-len(files) // 9))]:
+        with suppress(OSError), found.open(k) as stream:
+            _, _, box = stream.read(4096).partition(b"pixi")  # version and flags, number of channels, bits of each
+            if len(box) > 5 and box[5] > 8:
+                return f"; AVIF and HEIC files of more than 8 bits are read as 8 bits ({printable(found.names[k])})"
+    return ""
 
 
 def suffix_of(name: str) -> str:

@@ -123,6 +123,7 @@ def choose_splits(name: str, splits: Sequence[str], split: str | None, val_split
             )
     role = {each: SPLITS.get(each.lower(), "other") for each in splits}
     candidates = [each for each in splits if role[each] == "train"] or [e for e in splits if role[e] == "other"]
+    candidates = [each for each in candidates if each.lower() != "trainval"] or candidates
     if split is None and len(candidates) != 1:
         raise ValueError(
             f"data.source.split=null cannot choose between the splits of {name} ({', '.join(splits)}); set "

@@ -24,8 +24,9 @@ FILLERS = {"set", "split", "data", "dataset", "image", "images", "img", "imgs", 
 MAX_STRAYS = 0.05
 """Largest share of files outside of all class folders that does not remove the classes."""
 
-_BEFORE_SPLIT = rf"[A-Z]{{2,}}(?=(?:{'|'.join(SPLITS)})(?![a-z]))"  # VOC of VOCtrainval
-_WORD = rf"{_BEFORE_SPLIT}|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+"
+_KNOWN = "|".join(sorted({*SPLITS, *FILLERS, "mask", "masks"}, key=len, reverse=True))
+_WORD = rf"[A-Z]{{2,}}(?=(?:{_KNOWN})(?![a-z]))|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+"
+"""An acronym, also directly before a known word, as in VOCtest; a word; or one in another script."""
 
 
 def words_of(name: str) -> list[str]:
@@ -47,7 +48,7 @@ def _parse(folder: str) -> _Folder:
     splits: set[str] = set()
 
     def other(match: re.Match[str]) -> str:
-        word = match[1].lower().removesuffix("set") or "set"
+        word = re.sub(r"(?<=.)(set|images?|imgs?|data)$", "", match[1].lower())
         splits.update({SPLITS[word]} if word in SPLITS else ())
         return "" if word in SPLITS or word in FILLERS else match[0]
 
@@ -76,7 +77,7 @@ def splits_of(names: Sequence[str]) -> list[str | None] | None:
 
 def _split_folders(names: Sequence[str]) -> tuple[int, list[str | None]] | None:
     """Return the position in the paths of the folders of splits, and the split of each file; see `splits_of`."""
-    level = _outer_folders(names) if names else 0
+    level = outer_folders(names) if names else 0
     folders = [name.split("/")[level:-1] for name in names]
     below = [split_of(parts[1]) if len(parts) > 1 else None for parts in folders]
     tops = {parts[0] for parts in folders if parts}
@@ -95,8 +96,11 @@ def _splits_at_top(tops: Set[str], complete: bool) -> dict[str, str] | None:
 
     Beside other folders and without another split, "train" is the name of a class, like "bus". Names with other words
     are for splits if these are the same, as in cars_train and cars_test, or letters, as in trainA and trainB. Without
-    a folder for training, it is all folders that are not for validation or test.
+    a folder for training, it is all folders that are not for validation or test. A folder trainval beside one of train
+    is not used, since it has the images for validation.
     """
+    if any(_parse(top).split == "train" and "trainval" not in words_of(top) for top in tops):
+        tops = {top for top in tops if "trainval" not in words_of(top)}
     plain = {top: split for top in tops if (split := split_of(top))}
     if "train" in plain.values():
         return plain if {*plain} == tops or {*plain.values()} != {"train"} else None
@@ -200,7 +204,7 @@ def _class_paths(found: FoundImages, depth: Depth, complete: bool = False) -> li
 def _without_splits(names: Sequence[str]) -> tuple[list[list[str]], int]:
     """Return the folders of each file without those of splits, and the number of those at the top that hold all."""
     folders = [name.split("/")[:-1] for name in names]
-    outer = _outer_folders(names) if names else 0
+    outer = outer_folders(names) if names else 0
     found = _split_folders(names)
     if found is None:
         return folders, outer
@@ -209,7 +213,7 @@ def _without_splits(names: Sequence[str]) -> tuple[list[list[str]], int]:
         return [[*parts[:level], *parts[level + 1 :]] for parts in folders], outer
     folders = [parts[level:] for parts in folders]
     rests = {_parse(parts[0]).rest for parts in folders if parts}
-    inner = []
+    inner: list[list[str]] = []
     for parts, split in zip(folders, splits, strict=True):
         top, below = "".join(parts[:1]), parts[1:]
         if split == _parse(top).split:
@@ -217,13 +221,14 @@ def _without_splits(names: Sequence[str]) -> tuple[list[list[str]], int]:
         while below and split_of(below[0]) == split:  # seg_train/seg_train
             below = below[1:]
         inner.append([top, *below] if top else below)
-    firsts = {parts[0] if parts else "" for parts in inner}
-    if len(firsts) == 1 and set(words_of(*firsts)) <= FILLERS:  # train/images
-        inner = [parts[1:] for parts in inner]
-    return inner, 0
+    firsts: dict[str | None, set[str]] = {}
+    for parts, split in zip(inner, splits, strict=True):
+        firsts.setdefault(split, set()).add(parts[0] if parts else "")
+    plain = {split for split, names in firsts.items() if len(names) == 1 and {*words_of(*names)} <= FILLERS}
+    return [parts[split in plain :] for parts, split in zip(inner, splits, strict=True)], 0  # train/images
 
 
-def _outer_folders(names: Iterable[str]) -> int:
+def outer_folders(names: Iterable[str]) -> int:
     """Return the number of folders, from the top, that hold all files of these names, above any of a split."""
     first, last = min(names := list(names)), max(names)  # what these share, all share
     shared = 0

@@ -1,19 +1,21 @@
-"""Recognize masks, labels and depth maps, which many datasets keep beside images, and which are not to train on."""
+"""Recognize masks, depth maps and degraded versions beside images, which are not to train on."""
 
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from src.data.archives import open_member
 from src.data.decode import decode
-from src.data.layout import SPLITS, words_of
+from src.data.fit import ImageSpec, load_image
+from src.data.layout import SPLITS, outer_folders, words_of
 from src.errors import format_override
 
+T = TypeVar("T")
 MASKS = {
     *("anno", "annot", "annotation", "annotations", "depth", "depths", "disp", "disparity", "groundtruth", "gt"),
     *("instance", "label", "labels", "manual", "mask", "masks", "matte", "panoptic", "seg", "segmentation"),
@@ -25,8 +27,21 @@ IMAGES = {
     *("photos", "picture", "pictures", "rgb"),
 }
 """Words in the names of the images beside them and of their folders."""
+DEGRADED = {
+    *("bicubic", "blur", "blurred", "blurry", "degraded", "foggy", "gamma", "haze", "hazy", "input", "inputs", "low"),
+    *("lowres", "lq", "lr", "noise", "noisy", "rain", "rainy", "raw", "unknown"),
+}
+"""Words in the paths of degraded versions of images."""
+CLEAN = {
+    *("clean", "clear", "groundtruth", "gt", "high", "highres", "hq", "hr", "norain", "original", "reference", "sharp"),
+    *("target", "targets"),
+}
+"""Words in the paths of the images beside them."""
+QUALITY = re.compile(rf"(?:(?<![a-zA-Z])|(?<=[a-z])(?=[A-Z]))(?i:{'|'.join(DEGRADED | CLEAN)})(?![a-z])")
 MIN_PAIRED = 0.95
-"""Smallest share of the masks of one kind with an image of the same name."""
+"""Smallest share of the masks, or degraded versions, of one kind with an image of the same name."""
+MIN_ALIKE = 0.7
+"""Smallest correlation of the thumbnails of an image and its degraded version."""
 MAX_COLORS = 256
 """Largest number of colors in a mask that is not gray, such as a depth map in the colors of a palette."""
 
@@ -61,6 +76,57 @@ def find_masks(root: Path, names: Sequence[str]) -> tuple[set[str], list[Masks]]
     return masks, [kind for kind in in_folders if not kind.is_paired()]
 
 
+def find_degraded(root: Path, names: Sequence[str]) -> set[str]:
+    """Return the files that are degraded versions of others, such as LR/1x4.png beside HR/1.png.
+
+    Of those with the same words, nearly all must differ from a better image by such words only, and five look like it.
+    """
+    parts = {*re.findall("[a-zA-Z]+", "\n".join(names))}  # much faster than looking at each of a million names
+    present = {word for part in parts for word in words_of(part)}
+    if present.isdisjoint(DEGRADED) or present.isdisjoint(CLEAN):
+        return set()
+    better: dict[tuple[str, ...], str] = {}
+    kinds: dict[str, list[str]] = defaultdict(list)
+    level = outer_folders(names)
+    for name in names:
+        if words := {word.lower() for word in QUALITY.findall("/".join(name.split("/")[level:]))}:
+            if words <= DEGRADED:
+                kinds[" ".join(sorted(words))].append(name)
+            elif words <= CLEAN:
+                better[_without_quality(name)] = name
+    degraded: set[str] = set()
+    for files in kinds.values() if better else ():
+        pairs = [(name, better[place]) for name in files if (place := _without_quality(name)) in better]
+        if len(pairs) >= MIN_PAIRED * len(files) and all(_are_alike(root, pair) for pair in _some(pairs)):
+            degraded.update(files)
+    return degraded
+
+
+def _without_quality(name: str) -> tuple[str, ...]:
+    """Return the parts of a path without its ending, scale factors such as X2, and words of image quality."""
+    *folders, file = re.sub(r"(?<![a-zA-Z])[xX]\d(?!\w)", "", name.rpartition(".")[0]).split("/")
+    folders = [re.sub(r"\d", "", each) if QUALITY.search(each) else each for each in folders]  # HR_128
+    parts = (re.sub(r"[ _.-]+", "_", QUALITY.sub("", each)).strip("_") for each in (*folders, file))
+    return tuple(filter(None, parts))
+
+
+def _are_alike(root: Path, names: Iterable[str]) -> bool:
+    thumbnails = []
+    try:
+        for name in names:
+            with open_member(root, name) as stream:
+                thumbnails.append(load_image(stream, ImageSpec((8, 8), 1, "stretch")).pixels.ravel())
+    except Exception:  # decoders raise almost anything; reading all files reports it
+        return False
+    with np.errstate(invalid="ignore"):
+        return bool(np.corrcoef(thumbnails)[0, 1] >= MIN_ALIKE)
+
+
+def _some(values: Sequence[T]) -> Sequence[T]:
+    """Return at most five evenly spaced values."""
+    return values[:: max(1, -(-len(values) // 5))]
+
+
 def warn_of_masks(root: Path, doubtful: Sequence[Masks], used: Container[str]) -> None:
     """Warn if files that may be masks are used as images."""
     for kind in doubtful:
@@ -90,11 +156,12 @@ def _in_folders(names: Sequence[str]) -> Iterable[Masks]:
             for each in image_folders.intersection(parents):
                 stems[each].add(_stem(name))
     known = {folder: set().union(*(stems[each] for each in images)) for folder, images in beside.items()}
+    shorter = {folder: {*map(_shorter, each)} for folder, each in known.items()}
     kinds: dict[str, Masks] = {}
     for name, folder in files:
         kind = kinds.setdefault(folder.rpartition("/")[2], Masks([], [], beside[folder][0]))
         kind.files.append(name)
-        if len(known[folder]) == 1 or _stem(name) in known[folder] | {_shorter(each) for each in known[folder]}:
+        if len(known[folder]) == 1 or (stem := _stem(name)) in known[folder] or stem in shorter[folder]:
             kind.paired.append(name)
     return kinds.values()
 
@@ -172,19 +239,19 @@ def _shorter(stem: str) -> str:
     return stem.rpartition("_")[0] or stem
 
 
-_ROLES = MASKS | IMAGES | SPLITS.keys()
+_ROLES = MASKS | IMAGES | SPLITS.keys() | {"sync"}
 
 
 def _are_photos(root: Path, names: Sequence[str]) -> bool:
     """Return whether some of the files, of at most five, have many colors."""
-    return any(_is_photo(root, name) for name in names[:: -(-len(names) // 5)])
+    return any(_is_photo(root, name) for name in _some(names))
 
 
 def _is_photo(root: Path, name: str) -> bool:
     try:
         with open_member(root, name) as stream:
             pixels = decode(stream).pixels
-    except (OSError, ValueError):  # reading all files reports it
+    except Exception:  # decoders raise almost anything; reading all files reports it
         return False
     colors = pixels.reshape(-1, pixels.shape[-1])
     colors = colors[:: -(-len(colors) // 10_000)]

@@ -27,7 +27,7 @@ from src.errors import DataReadError
 Array = npt.NDArray[Any]
 T = TypeVar("T")
 
-VERSION = 4
+VERSION = 5
 """Changes whenever the same files give other pixels."""
 
 CHUNK = 64

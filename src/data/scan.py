@@ -4,17 +4,19 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from src.data.archives import is_archive, member_sizes, replaced_members
-from src.data.decode import ARRAY_SUFFIXES, image_suffixes, looks_like_image
+from src.data.decode import ARRAY_SUFFIXES, foreign_format, image_suffixes, looks_like_image
 from src.data.encoded import Names
 from src.data.found_images import FoundImages, suffix_of
-from src.data.layout import split_of, splits_of
-from src.data.masks import find_masks, warn_of_masks
+from src.data.layout import SPLITS, split_of, splits_of, words_of
+from src.data.masks import Masks, find_degraded, find_masks, warn_of_masks
 from src.data.overlap import lies_in
 from src.errors import absence, first_names, format_override
 
@@ -47,8 +49,8 @@ def find_images(
 ) -> FoundImages:
     """Return every image under a folder, or in a zip or tar file, except hidden files and files in `val_root`.
 
-    `accepts` chooses other files than images by their names; messages call them `noun`. Masks of images are left out
-    unless `masks` is true.
+    `accepts` chooses other files than images by their names; messages call them `noun`. Masks and degraded versions of
+    images are left out unless `masks` is true.
 
     Links to folders are followed. If the top, or the only folder there, has a folder for training (`SPLITS`), alone or
     beside one of another split, only it and the one for validation are used. Raises FileNotFoundError without the
@@ -65,21 +67,22 @@ def find_images(
             left_out.setdefault(reason, []).append(file.name)
         elif reason is None:
             used.append(file)
-    of_images, doubtful = (set(), []) if masks else find_masks(root, [file.name for file in used])
-    if of_images:
-        left_out["masks beside images, for data.source.masks=true"] = sorted(of_images)
-        used = [file for file in used if file.name not in of_images]
+    doubtful: list[Masks] = []
+    if not masks:
+        of_images, doubtful = find_masks(root, [file.name for file in used])
+        used = _without(of_images, "masks beside images", used, left_out)
+        degraded = find_degraded(root, [file.name for file in used])
+        used = _without(degraded, "degraded versions of images", used, left_out)
+    if root.is_dir():
+        left_out = {
+            _named(root / names[0], reason) if reason.startswith(("of type", "without ending")) else reason: names
+            for reason, names in left_out.items()
+        }
     used, splits = _without_test_images(used, left_out)
     warn_of_masks(root, doubtful, {file.name for file in used} if doubtful else ())
-    _warn_of_held_out(root, [file.name for file, split in zip(used, splits, strict=True) if split != "validation"])
+    _warn_of_held_out(root, [file.name for file in used], splits)
     if not used:
-        others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
-        examples = ".png, .jpg or .npy" if noun == "image" else ".npy, .wav or .nii.gz"
-        kept = {suffix_of(name) for names in left_out.values() for name in names} | {suffix_of(root.name)}
-        fix = "; save the arrays in it by numpy.save" if kept & CONTAINERS else ""
-        if noun == "image" and ".tar" in kept and root.is_dir():
-            fix = f"; for shards type data=webdataset {format_override('data.urls', str(root / '*.tar'))}"
-        raise ValueError(f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else "") + fix)
+        raise ValueError(_describe_absence(root, noun, left_out))
     sizes, times = (np.array([file[k] for file in used], np.int64) for k in (1, 2))
     return FoundImages(
         (root,),
@@ -92,6 +95,17 @@ def find_images(
     )
 
 
+def _describe_absence(root: Path, noun: str, left_out: dict[str, list[str]]) -> str:
+    """Return the message for a folder or archive without images, with the reasons and a fix."""
+    others = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
+    examples = ".png, .jpg or .npy" if noun == "image" else ".npy, .wav or .nii.gz"
+    kept = {suffix_of(name) for names in left_out.values() for name in names} | {suffix_of(root.name)}
+    fix = "; save the arrays in it by numpy.save" if kept & CONTAINERS else ""
+    if noun == "image" and ".tar" in kept and root.is_dir():
+        fix = f"; for shards type data=webdataset {format_override('data.urls', str(root / '*.tar'))}"
+    return f"{root} has no {noun}s, such as {examples} files" + (f" ({others})" if others else "") + fix
+
+
 def _list_files(root: Path, left_out: dict[str, list[str]]) -> list[_File]:
     """Return the files under a folder or in an archive. Raises as `find_images` does."""
     if root.is_dir():
@@ -102,7 +116,8 @@ def _list_files(root: Path, left_out: dict[str, list[str]]) -> list[_File]:
             left_out["replaced by later files of the same names in the archive"] = list(replaced)
         return [_File(name, size, time) for name, size in sizes.items()]
     if root.suffix.lower() in (".zip", ".tar", ".tgz", ".gz"):
-        raise ValueError(f"{root} is damaged or incomplete: it cannot be read as an archive")
+        reason = _named(root, "damaged or incomplete")
+        raise ValueError(f"{root} is {reason}: it cannot be read as an archive")
     raise FileNotFoundError(f"{root} is neither a folder nor a zip or tar file")
 
 
@@ -154,6 +169,20 @@ def _reason_to_leave_out(
     return "used for validation" if in_val_root is not None and in_val_root(name) else None
 
 
+def _named(file: Path, reason: str) -> str:
+    """Return why a file is not used, with its format if it is one that is not decoded."""
+    with suppress(OSError), file.open("rb") as stream:
+        if known := foreign_format(stream):
+            return f"{reason}, {known[0]}: {known[1]}"
+    return reason
+
+
+def _without(names: set[str], what: str, files: list[_File], left_out: dict[str, list[str]]) -> list[_File]:
+    if names:
+        left_out[f"{what}, for data.source.masks=true"] = sorted(names)
+    return [file for file in files if file.name not in names]
+
+
 def _without_test_images(
     files: list[_File], left_out: dict[str, list[str]]
 ) -> tuple[list[_File], Sequence[str | None]]:
@@ -161,24 +190,27 @@ def _without_test_images(
     splits = splits_of([file.name for file in files])
     if splits is None:
         return files, [None] * len(files)
-    used = []
     for file, split in zip(files, splits, strict=True):
-        if split in ("train", "validation"):
-            used.append((file, split))
-        else:
-            reason = "for testing" if split == "test" else "outside of the splits"
-            left_out.setdefault(reason, []).append(file.name)
+        if split in ("test", None):
+            left_out.setdefault("for testing" if split else "outside of the splits", []).append(file.name)
+    used = [(file, split) for file, split in zip(files, splits, strict=True) if split in ("train", "validation")]
     return [file for file, _ in used], [split for _, split in used]
 
 
-def _warn_of_held_out(root: Path, names: Sequence[str]) -> None:
-    """Warn if images for training are in folders whose names say validation or test."""
-    folders = dict.fromkeys(name.rpartition("/")[0] for name in names)
+def _warn_of_held_out(root: Path, names: Sequence[str], splits: Sequence[str | None]) -> None:
+    """Warn if images for training have names, or are in folders with names, that say validation or test."""
+    trained = [name for name, split in zip(names, splits, strict=True) if split != "validation"]
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in trained)
     held_out = [each for each in folders if any(split_of(part) in ("validation", "test") for part in each.split("/"))]
+    if not held_out and not any(splits):  # VOCtest_2007 beside VOCtrainval_2012, or test_1.png beside train_1.png
+        said = list(takewhile(bool, ({SPLITS[w] for w in words_of(name) if w in SPLITS} for name in names)))
+        if len(said) == len(names) and {"train"} in said:
+            held_out = [name for name, each in zip(names, said, strict=True) if "train" not in each]
     if held_out:
         warnings.warn(
-            f"{root}: the images in {first_names(held_out, 3)} are used for training, since other folders have no such "
-            "splits; set data.root to the folder with those of training, and data.val_root to that of validation",
+            f"{root}: {first_names(held_out, 3)} are used for training, since there are no folders of such splits "
+            "beside them; set data.root to the folder with the images for training, and data.val_root to that of "
+            "validation",
             stacklevel=2,
         )
 

@@ -16,6 +16,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from src.data import pixel_store
 from src.data.archives import open_member, tar_places
@@ -349,6 +350,52 @@ def test_profiles_of_16_bits_become_srgb():
     png = png16(pixels, iCCP=b"x\0\0" + zlib.compress(linear))
     for contents in (png, tiff(pixels, photometric="rgb", iccprofile=linear)):
         assert np.abs(decode(io.BytesIO(contents)).pixels[0, :, 1] - expected).max() < 20
+
+
+def png8(pixels: np.ndarray, **chunks: bytes) -> bytes:
+    """Return a PNG (H, W, C) with more `chunks` before its pixels."""
+    file, info = io.BytesIO(), PngInfo()
+    for name, data in chunks.items():
+        info.add(name.encode(), data)
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("write", "largest", "channels"), [(png8, 255, 1), (png8, 255, 4), (png16, 65535, 3)])
+def test_gamma_of_png_becomes_srgb(write, largest, channels):
+    """Values are light^gamma; about 1/2.2 is that of sRGB, and opacity is not changed."""
+    values = uniform(*SHAPE, channels, dtype=f"uint{8 if largest == 255 else 16}", high=largest)
+    light = values / largest
+    expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * largest
+    if channels == 4:
+        expected[..., 3] = values[..., 3]
+    linear = decode(io.BytesIO(write(values, gAMA=struct.pack(">I", 100_000)))).pixels
+    assert np.abs(linear - expected).max() <= 0.51
+    for chunks in ({"gAMA": struct.pack(">I", 45455)}, {"gAMA": struct.pack(">I", 100_000), "sRGB": b"\0"}):
+        assert np.array_equal(decode(io.BytesIO(write(values, **chunks))).pixels, values)
+
+
+def test_png_in_other_colors_is_refused():
+    """The codes of ITU-T H.273: primaries of BT.2020 with PQ, and of sRGB with its curve."""
+    for write, values in ((png8, uniform(*SHAPE, 3)), (png16, RGB16)):
+        assert np.array_equal(decode(io.BytesIO(write(values, cICP=bytes([1, 13, 0, 1])))).pixels, values)
+        with pytest.raises(ValueError, match="cICP"):
+            decode(io.BytesIO(write(values, cICP=bytes([9, 16, 0, 1]))))
+
+
+def test_depth_that_is_lost_is_reported(tmp_path):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    for bits in (8, 10):
+        values = uniform(16, 16, 3, dtype=f"uint{8 if bits == 8 else 16}", high=2**bits - 1)
+        (tmp_path / "a.avif").write_bytes(imagecodecs.avif_encode(values, bitspersample=bits))
+        assert ("read as 8 bits" in folder(str(tmp_path), SHAPE, 3, cache=False).summary) == (bits == 10)
+
+
+def test_invalid_orientations_are_ignored():
+    """As by Pillow, in a TIFF of 16 bits."""
+    for tag in (0, 9):
+        contents = tiff(GRAY16[..., 0], extratags=[(274, "H", 1, tag, True)])
+        assert np.array_equal(decode(io.BytesIO(contents)).pixels, GRAY16)
 
 
 def linear_profile(curve: bytes) -> bytes:

@@ -4,6 +4,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-from src.data.array_files import open_numpy
+from src.data.array_files import open_numpy, read_file
 from src.data.array_folders import find_arrays
 from src.data.captions import captioned
 from src.data.conditions import Classes
+from src.data.decode import image_suffixes
 from src.data.folder import find, folder
 from src.data.image_source import ImageSource
 from src.data.split import hash_ids, hash_threshold, split
@@ -161,6 +163,9 @@ def test_classes_in_one_outer_folder_are_recognized(tmp_path, names, depth, clas
         ("seg_train", "seg-dev", "1. testset"),
         ("a/train", "a/val", "a/test"),
         ("a/train", "a/val", "a/ground_truth"),
+        ("VOCtrainval_2007", "VOCval_2007", "VOCtest_2007"),
+        ("trainimages", "valimages", "testimages"),
+        ("train", "val", "trainval"),
     ],
 )
 def test_splits_have_a_word_in_their_names(tmp_path, train, val, test):
@@ -191,6 +196,9 @@ def test_splits_have_a_word_in_their_names(tmp_path, train, val, test):
         (["imagesTr"], [], ["imagesTs"], None),
         (["a", "b"], [], ["test"], ["a", "b"]),
         (["photos"], ["val"], ["test"], None),
+        (["VOCtrainval_6/V/JPEGImages"], [], ["VOCtest_6/V/JPEGImages"], None),
+        (["trainval"], [], ["test"], None),
+        (["train/a/images", "train/b/images"], ["val/images"], ["test/images"], None),
     ],
 )
 def test_words_beside_that_of_the_split_are_classes(tmp_path, train, val, test, classes):
@@ -203,9 +211,17 @@ def test_words_beside_that_of_the_split_are_classes(tmp_path, train, val, test, 
     assert (source.labels and source.labels.classes) == classes
 
 
-def test_folders_named_test_below_others_are_reported(tmp_path):
-    save(tmp_path, "a/train/1.png", "a/test/2.png", "b/3.png")
-    with pytest.warns(UserWarning, match=r"a/test are used for training.*data\.root"):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a/train/1.png", "a/test/2.png", "b/3.png"],
+        ["train_1.png", "train_2.png", "a_test_3.png"],
+        ["VOCtrainval_May/1.png", "VOCtest_Nov/2.png", "VOCtest_Nov/3.png"],
+    ],
+)
+def test_images_named_test_beside_others_are_reported(tmp_path, names):
+    save(tmp_path, *names)
+    with pytest.warns(UserWarning, match=r"test\S* are used for training.*data\.root"):
         assert len(open_folder(str(tmp_path))) == 3
 
 
@@ -242,7 +258,47 @@ def test_roots_of_one_class_each_keep_it(tmp_path):
     assert open_folder([str(tmp_path / "0"), str(tmp_path / "1")]).labels.classes == ["a", "b"]
 
 
+def test_one_name_in_two_unicode_forms_is_two_ids(tmp_path):
+    """Alone, a name has the same id in both forms."""
+    composed, decomposed = "\u00e9.png", "e\u0301.png"
+    save(tmp_path, f"0/{decomposed}", f"1/{composed}", f"1/{decomposed}")
+    assert list(find(str(tmp_path / "0")).ids()) == [composed]
+    assert {*find(str(tmp_path / "1")).ids()} == {composed, decomposed}
+
+
 # Files that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("contents", "suffixes", "name"),
+    [
+        (b"PF\n2 2\n-1.0\n" + bytes(48), (".pfm", ".x"), "PFM"),
+        (b"P7\nWIDTH 2\n", (".pam", ".png"), "PAM"),
+        (b"\xff\x0a\0\0", (".jxl", ""), "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", (".jxl", ".png"), "JPEG XL"),
+        (b"version https://git-lfs.github.com/spec/v1\n", (".png", ".dcm"), "Git LFS"),
+    ],
+)
+def test_formats_that_are_not_read_are_named(tmp_path, contents, suffixes, name):
+    """Of files with the ending of an image, and of others."""
+    for suffix in suffixes:
+        root = tmp_path / f"in{suffix}"
+        save(root, "0.png")
+        (root / f"a{suffix}").write_bytes(contents)
+        with pytest.raises(DataReadError) if suffix in image_suffixes() else nullcontext() as error:
+            source = folder(str(root), SHAPE, 1, cache_dir=str(root / ".cache"))
+        assert name in (str(error.value) if error else source.summary)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.zip"])
+def test_pointers_to_other_files_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 3\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        open_numpy(tmp_path / name) if name == "a.npy" else find(str(tmp_path / name))
+    if name == "a.npy":
+        shutil.copy(tmp_path / name, tmp_path / "b.npy")
+        with pytest.raises(DataReadError, match="git lfs pull"):
+            read_file(find_arrays(tmp_path), 0)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +341,12 @@ def test_backslashes_in_archives_separate_folders(tmp_path):
     archive.write_bytes(archive.read_bytes().replace(b"a/1.png", rb"a\1.png").replace(b"b/2.png", rb"b\2.png"))
     found = open_folder(str(archive)).found
     assert list(found.names) == [*files] and [found.open(k).read() for k in range(2)] == [*files.values()]
+
+
+def test_names_in_archives_may_start_with_a_dot_and_a_slash(tmp_path):
+    save(tmp_path, "1.png")
+    archive = zip_of(tmp_path / "x.zip", **{"./a/1.png": (tmp_path / "1.png").read_bytes()})
+    assert list(find(archive).names) == ["a/1.png"]
 
 
 @pytest.mark.parametrize("packed", ["zip", "tar", "gztar"])

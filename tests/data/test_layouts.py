@@ -14,8 +14,9 @@ import pytest
 import tifffile
 from PIL import Image
 
+from src.data import masks
 from src.data.captions import captioned
-from src.data.folder import folder
+from src.data.folder import find, folder
 from src.data.image_source import ImageSource
 from src.data.split import hash_ids
 from src.errors import DataReadError
@@ -425,3 +426,42 @@ def test_masks_may_be_channels(tmp_path):
     assert len(source) == 3 and source.fetch([1])[0, 3].equal(
         folder(str(tmp_path / "masks"), SHAPE, 1).fetch([1])[0, 0]
     )
+
+
+def test_names_of_images_are_parsed_once(monkeypatch):
+    """Not once per mask, which takes hours for 100,000."""
+    calls = []
+    monkeypatch.setattr(masks, "_shorter", lambda stem: calls.append(stem) or stem)
+    masks.find_masks(Path("missing"), [f"{name}/{k}.png" for name in ("images", "masks") for k in range(50)])
+    assert len(calls) <= 100
+
+
+# Degraded versions of images
+
+
+@pytest.mark.parametrize(
+    ("clean", "degraded"),
+    [
+        ("HR/{k}.png", "LR/{k}.png"),
+        ("D2K_train_HR/{k}.png", "D2K_train_LR_bicubic/X2/{k}x2.png"),
+        ("s/train/a/sharp/{k}.png", "s/train/a/blur_gamma/{k}.png"),
+        ("train/target/{k}.png", "train/input/{k}.png"),
+        ("{k}/GT_1.png", "{k}/NOISY_1.png"),
+        ("hr_128/{k}.png", "lr_16/{k}.png"),
+        ("Raw Data/high_res/{k}.png", "Raw Data/low_res/{k}.png"),
+    ],
+)
+@pytest.mark.parametrize("alike", [True, False])
+def test_degraded_versions_of_images_are_left_out(tmp_path, clean, degraded, alike):
+    """Images that look different are classes, or inputs and targets of other kinds."""
+    for k in range(3):
+        image = np.random.default_rng(k).integers(20, 200, (8, 8, 3)).repeat(4, 0).repeat(4, 1).astype("uint8")
+        save(tmp_path / clean.format(k=k), image)
+        noise = np.random.default_rng(9).integers(0, 20, image.shape).astype("uint8")
+        save(tmp_path / degraded.format(k=k), (image if alike else 255 - image // 2) // 2 + noise)
+    better, worse = ({name.format(k=k) for k in range(3)} for name in (clean, degraded))
+    found = find(str(tmp_path))
+    assert {*found.names} == better | (set() if alike else worse)
+    assert {name for names in found.left_out.values() for name in names} == (worse if alike else set())
+    assert not alike or "data.source.masks=true" in next(iter(found.left_out))
+    assert len(find(str(tmp_path), masks=True)) == 6
