@@ -80,7 +80,8 @@ def sample(cfg: DictConfig) -> Path:
     summary = sampler_summary(settings, sampler, opened.module.schedule)
     weights = "" if opened.length is None else f" (average of length {opened.length:g})"
     print(f"{cfg.n} samples of {relative(opened.checkpoint)}{weights} by {summary}")
-    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(path)}")
+    each = "".join(f", and one by one from {relative(file)}" for file in folder.glob("00000.*"))
+    print(f"Look at {relative(folder / 'grid.png')}; all of them: {relative(path)}{each}")
     return folder
 
 

@@ -57,7 +57,8 @@ def _compose_once() -> None:
             return None
         files = [CONF / file] if file else CONF.rglob("*.yaml")
         times = (each.stat().st_mtime_ns for each in files if each.is_file())
-        return (*(each.path for each in repo.get_sources()), len(stored), *times)
+        plugins = (len(ConfigStore.instance().repo["hydra"].get(group, ())) for group in ("launcher", "sweeper"))
+        return (*(each.path for each in repo.get_sources()), len(stored), *plugins, *times)
 
     def load_once(self: Any, config_path: str) -> Any:
         key = sources(self, config_path if config_path.endswith(".yaml") else f"{config_path}.yaml"), config_path

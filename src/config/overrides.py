@@ -240,6 +240,8 @@ def _check_sweep(command: _Command, override: Override, read: Sequence[Override]
         default = EXAMPLES.get(name, default)
         is_text = isinstance(default, str | None) and name not in {*command.groups, *CHOICES}
         as_text = f", or type {format_override(name, value)} if it is one value" if is_text else ""
+        if isinstance(default, float) and re.fullmatch(r"-?\d+,\d+", value):
+            as_text = f", or type {name}={value.replace(',', '.')} for a number with decimals"
         is_list = isinstance(default, list | ListConfig) or not {name, f"{command.name}.{name}"}.isdisjoint(LISTS)
         of_lists = override.is_choice_sweep() and all(isinstance(each, list) for each in _values(override))
         if name in MERGED_GROUPS and override.is_choice_sweep():

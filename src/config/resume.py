@@ -56,7 +56,7 @@ def expand_resume(overrides: list[str]) -> list[str]:
         if folder in ("True", "last", "latest"):  # of other libraries
             hint = "; type resume=auto"
         hint = hint or "; name a folder with .hydra and checkpoints"
-        raise UsageError(f"no run to resume in {Path(folder).resolve()}{hint}")
+        raise UsageError(f"{format_override('resume', Path(folder).resolve())} has no run to resume{hint}")
     before = saved_overrides(Path(folder))
     if last_value(overrides, "trust") != "True":
         before = [o for o in before if key_of(o) not in CACHE_KEYS]
@@ -233,8 +233,8 @@ def check_unused(overrides: Sequence[str], multirun: bool = False) -> None:
     run, how = (Path(folder) / "0", "auto") if multirun else (Path(folder), folder)
     if any((run / "checkpoints").glob("*.ckpt")):
         raise UsageError(
-            f"{folder} already holds a {kind}; continue it with {format_override('resume', how)}, or choose "
-            "another folder"
+            f"{format_override(name, folder)} already holds a {kind}; continue it with "
+            f"{format_override('resume', how)}, or choose another folder"
         )
 
 

@@ -248,7 +248,7 @@ def _find_one(root: str | None, name: str, masks: bool, val_root: str | None = N
     path = Path(root or "")
     suffix = path.suffix.lower()
     if path.is_file() and (suffix in image_suffixes() - ARRAY_SUFFIXES or looks_like_image(path)):
-        setting, parent = (format_override(name, each) for each in (path.absolute(), path.absolute().parent))
+        setting, parent = (format_override(name, each) for each in (path.resolve(), path.resolve().parent))
         raise FileNotFoundError(f"{setting} is one image; set {parent}, the folder with it")
     fix = f"set {name} to the folder, zip or tar file with your images"
     return find_in(root, name, fix, val_root, masks=masks)

@@ -132,7 +132,7 @@ def find_in(
 ) -> FoundImages:
     """Return the files that `find_images` finds under the root in the setting `name`; errors name it and the fix."""
     path = Path(root or "")
-    setting = format_override(name, str(path.absolute()) if root else root)
+    setting = format_override(name, str(path.resolve()) if root else root)
     if not root or not (path.is_file() or path.is_dir()):
         raise FileNotFoundError(f"{setting} {absence(path) if root else 'names no folder'}; {fix}")
     if accepts is None and path.is_file() and path.suffix.lower() in ARRAY_SUFFIXES:

@@ -130,7 +130,7 @@ def read_table(
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{format_override(setting, path.absolute())} {absence(path)}; set it to a table, such as a CSV file"
+            f"{format_override(setting, path.resolve())} {absence(path)}; set it to a table, such as a CSV file"
         )
     data = path.read_bytes()
     try:

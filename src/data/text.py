@@ -106,7 +106,7 @@ def captions_of(source: Source) -> Sequence[Sequence[str]]:
     """Return the captions of each sample. Raises ValueError if the source has none."""
     if source.captions is None:
         raise ValueError(
-            "conditioning by text needs data with captions; use data=captions data.root=... for images with text "
+            "conditioning=text needs data with captions; use data=captions data.root=... for images with text "
             "files, or data=shapes, kanji or emoji"
         )
     return source.captions

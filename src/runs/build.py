@@ -130,8 +130,8 @@ def instantiate_run(
         steps, changes = checkpoint["global_step"], check_resumed(checkpoint, cfg, module)
     elif any((directory / "checkpoints").glob("*.ckpt")):
         raise ValueError(
-            f"{directory} already holds a run: resume it with {format_override('resume', directory)}, or choose "
-            "another run_dir"
+            f"{format_override('hydra.run.dir', directory)} already holds a run; continue it with "
+            f"{format_override('resume', directory)}, or choose another folder"
         )
     elif cfg.init_from.path is not None:
         initial = load_initial_weights(module, cfg.init_from)

@@ -67,7 +67,8 @@ def find_checkpoint(
     if (exported := folder / MODEL_FILE).is_file():
         return exported
     hint = newest_run(name, folder) or "; name a run that has saved one"
-    raise FileNotFoundError(f"{folder.resolve()} has no intact checkpoint in checkpoints/, nor {MODEL_FILE}{hint}")
+    setting = format_override(name, folder.resolve())
+    raise FileNotFoundError(f"{setting} has no intact checkpoint in checkpoints/, nor {MODEL_FILE}{hint}")
 
 
 def is_pipeline(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,12 @@ def open_any(location: str, trust: bool = False) -> "tuple[Autoencoder, str]":
         raise FileNotFoundError(
             f"{format_override('autoencoder', location)} does not exist; type autoencoder=FOLDER with the run or the "
             f"model of diffusers, or train one with: {command('train', 'task=autoencoder')}"
+        )
+    if (path / "checkpoints").is_dir() and not (path / "metrics.json").is_file():
+        warnings.warn(
+            f"{format_override('autoencoder', location)} has not finished training; to continue it first, type "
+            f"{command('train', format_override('resume', path))}",
+            stacklevel=2,
         )
     folder = autoencoder_folder(path) if path.is_dir() else None
     net: Any = open_autoencoder(str(path), trust) if folder is None else read_diffusers_autoencoder(folder)

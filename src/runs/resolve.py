@@ -229,7 +229,7 @@ def _inline_betas(cfg: DictConfig, checkpoint: Mapping[str, Any] | None) -> None
     path = Path(betas)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{format_override('schedule.betas', str(path.absolute()))} {absence(path)}; set it to a list, or to a "
+            f"{format_override('schedule.betas', str(path.resolve()))} {absence(path)}; set it to a list, or to a "
             ".npy or .csv file"
         )
     try:

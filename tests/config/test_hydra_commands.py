@@ -138,6 +138,7 @@ REFUSED = {
     # Ranges, choices and types.
     "train optimizer.lr=-1": "optimizer.lr=-1",
     "train optimizer.lr=fast": "optimizer.lr=fast",
+    "train optimizer.lr=0,001": "type optimizer.lr=0.001",
     "train data.batch_size=0": "data.batch_size=0",
     "train trainer.max_steps=0": "trainer.max_steps=0",
     "train seed=-1": "seed=-1",

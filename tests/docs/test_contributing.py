@@ -1,5 +1,6 @@
 """The worked examples of CONTRIBUTING.md run as they stand, from a folder outside the repository."""
 
+import csv
 import json
 import re
 import shlex
@@ -12,7 +13,7 @@ from tests.fork_server import run_python
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FAST = ["trainer.accelerator=cpu", "trainer.max_steps=2", "data.batch_size=8", "sampler.steps=3"]
-FAST += ["trainer.limit_val_batches=4", "callbacks=none", "neighbors.num_samples=0"]
+FAST += ["trainer.log_every_n_steps=1", "trainer.limit_val_batches=4", "callbacks=none", "neighbors.num_samples=0"]
 # Run the commands one after another in this process: only the first pays for the imports.
 LOOP = """
 import json, runpy, sys
@@ -59,13 +60,21 @@ def output(tmp_path_factory):
 
 def test_commands_of_contributing_train_with_outside_parts(output):
     runs, count = output
-    assert count == 6
+    assert count == 7
     unfinished = [k for k in range(count) if not (runs / str(k) / "metrics.json").exists()]
     assert unfinished == []
+
+
+def test_outside_callback_logs_its_values(output):
+    runs, _ = output
+    with (runs / "4" / "logs" / "version_0" / "metrics.csv").open() as file:
+        norms = [row["train/weight_norm"] for row in csv.DictReader(file)]
+    assert any(norm and float(norm) > 0 for norm in norms)
 
 
 def test_outside_parts_reach_the_recorded_configuration(output):
     runs, _ = output
     targets = ["schedules.polynomial", "samplers.adams_bashforth", "networks.ConvNet", "datasets.gratings"]
+    targets += ["callbacks.WeightNorm"]
     for k, target in enumerate(targets):
         assert f"mylab.{target}" in (runs / str(k) / ".hydra" / "config.yaml").read_text(), target
