@@ -139,10 +139,9 @@ def _check_typed(command: _Command, read: Sequence[Override], base: DictConfig, 
 def _check_composed(command: _Command, read: Sequence[Override], base: DictConfig, final: DictConfig) -> None:
     """Raise UsageError for settings that are invalid, missing, or exclude each other."""
     for override in read:  # Hydra takes a group that does not exist for a setting with a slash in its name
-        name, line = str(override.key_or_group), str(override.input_line)
-        if "/" in name and name in final:
-            dotted = shell_word(line.replace(name, name.replace("/", "."), 1))
-            raise UsageError(f"{line}: no group is named {name}; for a setting type {dotted}")
+        if "/" in (name := str(override.key_or_group)) and name in final:
+            dotted = shell_word(str(override.input_line).replace(name, name.replace("/", "."), 1))
+            raise UsageError(f"{override.input_line}: no group is named {name}; for a setting type {dotted}")
     _check_typed(command, read, base, final)
     check_required(command.name, base, final, command.groups)
     last = {str(override.key_or_group): override for override in read}

@@ -299,9 +299,7 @@ def check_resolved(cfg: DictConfig, names: Sequence[str]) -> None:
     for name in names:
         parent, _, key = name.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        if (
-            not isinstance(node, DictConfig) or node._get_node(key) is None
-        ):  # a key that contains a dot, such as a column
+        if not isinstance(node, DictConfig) or node._get_node(key) is None:  # a key with a dot, as of a column
             continue
         if OmegaConf.is_missing(node, key):
             alias = parent == "data" and "root" in node and not OmegaConf.is_interpolation(node, "root")

@@ -305,18 +305,13 @@ def _lower_batch_size(cfg: DictConfig, data: "BaseDataModule") -> None:
     """
     if len(data.shape) == 1:  # rows and points are in memory already
         data.prepare_once_per_node()
-    count = len(data.training_indices())
-    if data.source is None or count >= cfg.data.batch_size:
-        return
-    micro = cfg.data.get("microbatch_size")
+    count, size, micro = len(data.training_indices()), cfg.data.batch_size, cfg.data.get("microbatch_size")
     parts = world_size(cfg) * (micro if isinstance(micro, int) else cfg.trainer.accumulate_grad_batches)
-    if (lowered := count - count % parts) == 0:  # The sampler rejects this batch size.
-        return
-    warnings.warn(
-        f"data.batch_size={lowered} instead of {cfg.data.batch_size}: there are {counted(count, 'training sample')}",
-        stacklevel=4,
-    )
-    cfg.data.batch_size = lowered
+    lowered = count - count % parts  # if it is 0, the sampler rejects the batch size
+    if data.source is not None and lowered > 0 and count < size:
+        samples = counted(count, "training sample")
+        warnings.warn(f"data.batch_size={lowered} instead of {size}: there are {samples}", stacklevel=4)
+        cfg.data.batch_size = lowered
 
 
 def _infer_accumulation(cfg: DictConfig) -> None:
