@@ -149,11 +149,12 @@ class Arrays:
         limits = find_limits(value_range, array.dtype.name, *measure(path, array))
         if value_range is None:
             warn_of_outliers(array, limits)
-        counts = [len(open_numpy(path, name)) for name in chosen.samples]
+        num_train = len(array) if len(chosen.samples) == 1 else len(open_numpy(path, chosen.samples[0]))
+        counts = [num_train, len(array) - num_train]
         labels, text = None, f"{counted(len(array), KINDS[len(size)])} in {path.name}"
         val_mask = None
-        if len(counts) > 1:
-            val_mask = np.arange(len(array)) >= counts[0]
+        if counts[1]:
+            val_mask = np.arange(len(array)) >= num_train
             text += f" ({counts[1]:,} for validation)"
         unused = chosen.unused
         try:

@@ -200,8 +200,9 @@ def _numbers_of_texts(
     whole = not any(decimal in cell or "e" in cell.lower() for cell in good)
     values: Any
     if (whole and given != "number") or given == "integer":
-        if all(re.fullmatch(r"[+-]?\d+", cell) for cell in good):
-            values = [int(c) if ok and c is not None else 0 for c, ok in zip(cells, valid, strict=True)]
+        if whole:  # exact also beyond 2^53
+            groups = re.compile(r"[^\d+-]")  # what separates thousands
+            values = [int(groups.sub("", c)) if ok and c else 0 for c, ok in zip(cells, valid, strict=True)]
         else:
             valid = valid & np.array([x is not None and x == x and x.is_integer() for x in numbers])
             values = [int(x) if ok and x is not None else 0 for x, ok in zip(numbers, valid, strict=True)]

@@ -46,7 +46,8 @@ def dates_of_texts(
     if "" in ends or not any(":" in text for text in texts[:1]):  # 01-02-2020 ends in digits, not in a time zone
         ends = [""] * len(texts)
     bare = pd.Series([text.removesuffix(end) for text, end in zip(texts, ends, strict=True)], dtype=object)
-    suffix = ends[0] if len(set(ends)) == 1 else "+00:00"
+    zones = {end: _offset(end) for end in set(ends)}
+    suffix = "+00:00" if len(zones) > 1 else "".join(ends[:1])
     for pattern in patterns or [date + time for date in DATE_FORMATS for time in TIME_FORMATS]:
         if pd.to_datetime(bare[:20], format=pattern, errors="coerce").isna().any():
             continue
@@ -54,8 +55,8 @@ def dates_of_texts(
         if dates.isna().any():
             continue
         local = dates
-        if len(set(ends)) > 1:
-            dates = dates - pd.Series([_offset(end) for end in ends])
+        if len(zones) > 1:
+            dates = dates - pd.Series([zones[end] for end in ends])
         ticks, unit = ticks_of(dates)
         details: dict[str, Any] = {"format": pattern, "suffix": suffix, "unit": unit}
         first, wanted = pd.DatetimeIndex(local[:1000]), bare[:1000].tolist()

@@ -49,7 +49,7 @@ class TableDataModule(BaseDataModule):
         missing: what happens to rows with missing cells in these columns: `drop`, or None, which refuses them.
         na_values: further texts and numbers that mean a missing cell, such as -999.
         clip: limit samples to the observed range of each column.
-        header, separator, decimal, encoding, sheet: of the file; None detects them, and takes the first sheet.
+        header, separator, decimal, encoding, sheet: of the file; None detects them; the first sheet with cells.
         mean, std: statistics of each column's encoded values; None computes them over the table.
         encoders: the columns' types, categories and ranges as JSON; None infers them from the table.
         balance_classes: draw the class of each training row uniformly, then a row of that class; needs `label`.

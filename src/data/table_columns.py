@@ -152,7 +152,7 @@ def _describe_sentinel(name: str, values: npt.NDArray[Any]) -> str:
 
     It is -1, or has only nines, as -999; it repeats, and is farther from the others than they are from each other.
     """
-    different, counts = np.unique(values, return_counts=True)
+    different, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
     for value, count, others in ((different[0], counts[0], different[1:]), (different[-1], counts[-1], different[:-1])):
         apart = len(others) > 2 and min(abs(others[0] - value), abs(others[-1] - value)) > others[-1] - others[0]
         if apart and count > 1 and re.fullmatch(r"-1|-?99+", f"{value:.15g}"):

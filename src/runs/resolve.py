@@ -15,7 +15,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from src.distributed.ranks import fresh_folder
-from src.errors import absence, counted, format_override, sentence
+from src.errors import absence, format_override, sentence
 from src.runs.checkpoints import changed_settings, find_checkpoint, read_metrics
 from src.runs.components import check_settings_of_network
 from src.runs.imported import read_model
@@ -309,8 +309,7 @@ def _lower_batch_size(cfg: DictConfig, data: "BaseDataModule") -> None:
     parts = world_size(cfg) * (micro if isinstance(micro, int) else cfg.trainer.accumulate_grad_batches)
     lowered = count - count % parts  # if it is 0, the sampler rejects the batch size
     if data.source is not None and lowered > 0 and count < size:
-        samples = counted(count, "training sample")
-        warnings.warn(f"data.batch_size={lowered} instead of {size}: there are {samples}", stacklevel=4)
+        warnings.warn(f"data.batch_size={lowered} instead of {size}: only {count} training samples", stacklevel=4)
         cfg.data.batch_size = lowered
 
 

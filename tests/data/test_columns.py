@@ -75,6 +75,11 @@ def test_other_cells_among_numbers_are_invalid_or_missing(tmp_path):
     assert np.flatnonzero(cells.invalid).tolist() == [1, 4] and np.flatnonzero(cells.missing).tolist() == [3]
 
 
+def test_large_integers_with_separators_are_exact(tmp_path):
+    cells = ["9,007,199,254,740,993", "-1,234,567"]
+    assert column_of(tmp_path, cells).values.tolist() == [2**53 + 1, -1234567]
+
+
 def test_decimals_are_those_of_the_cells(tmp_path):
     for texts, decimals in (
         (["1.50", "2.25"], 2),
